@@ -107,7 +107,7 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     objects = part((3, b"|", None, None, None, -1, -1, 63))
     kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
-    yield "object array", "not a real number", array + state + b"b."
+    yield "object array", "not real numbers", array + state + b"b."
     yield "before a sound dict", "os.system", run + b"0}."
 
     # Other harm.

@@ -79,7 +79,7 @@ def load_folder_truth(
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity, without splits that have no labelled clip.
+    """Returns split -> clip -> identity. Splits without a labelled clip are left out.
 
     `labels` is a dict, clip -> identity, or the path of a table (see `read_table`) or of a
     ground-truth file. None means no labels. `clips` is split -> names of the clips with features.
@@ -275,8 +275,8 @@ def load_ground_truth(
     appears if a program, such as a spreadsheet, has probably changed identities.
 
     Raises:
-      UserError: the form is unclear, a line has another form, a clip comes twice, or a name
-        is not allowed. If most identities are whole numbers, all must be whole numbers above 0.
+      UserError: the form of the file or of a line is unclear, a clip comes twice, a name is not
+        allowed, or most identities are whole numbers, but one is not, or is below 1.
     """
     lines = read_truth(path, known_clips=known_clips)
     return {name: line.identity for line in lines for name in line.clips.values()}
@@ -315,7 +315,7 @@ def read_truth(
                 raise UserError(f"identity {show(identity)} has no clips: add clips, or delete it")
             first = line_of_identity.setdefault(identity, number)
             if inverted and first != number:
-                raise UserError(f"identity {show(identity)} is already in line {first}: join lines")
+                raise UserError(f"identity {show(identity)} is already in line {first}: join both")
             lines.append(line := TruthLine(number, identity, {}))
             for text in names:
                 name = _parse_clip(text, known)

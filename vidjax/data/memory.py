@@ -153,8 +153,7 @@ class MemoryClips:
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
         the clip have equal weights. The mean of a clip without frames is 0. A mean also becomes 0,
-        with a warning, in two cases: it consists only of rounding errors, or all its numbers are at
-        most `least` in magnitude.
+        with a warning, if all its values are at most `least`, or rounding errors, in magnitude.
         """
         vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
         features, quality, *_, starts, lengths = self._packed.frames[modality]
@@ -200,7 +199,7 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
                 left -= getattr(array, "nbytes", 0)
         if left < 0:
             raise UserError(
-                f"{clip.place}: clip {show(clip.name)}: the clips up to this clip take more "
+                f"{clip.place}: clip {show(clip.name)}: this clip and earlier clips take more "
                 f"than {limit:,} bytes, which is a third of the memory\nuse fewer clips at once"
             )
         yield clip
@@ -251,7 +250,7 @@ def load_clips(
       modalities: modality -> feature width. The model reads these modalities.
       identities: the names of the classes of the model.
       split: the split to load, or None if the folder has a single split.
-      quality: see `Quality`. With 'given', frames of a pickle without qualities have the quality 0.
+      quality: see `Quality`. If a pickle has no qualities, 'given' means the quality 0.
       nets: modality -> digest of the neural net whose vectors the model reads. Files with vectors
         of other nets raise UserError.
 

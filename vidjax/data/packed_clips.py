@@ -163,8 +163,7 @@ class FlatFile:
     Attributes:
       file: the file.
       shape: [F] or [F, D].
-      dtype: the common dtype of all splits. A slice has the dtype of the file, so a reader must
-        convert it to `dtype`.
+      dtype: a reader must convert slices to this dtype. The file may have another dtype.
     """
 
     def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype):
@@ -192,8 +191,7 @@ class FlatFile:
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Returns a slice of rows. If the end of the file is missing, the result has fewer rows.
 
-        If the file has only one number per frame, the first call checks the sha256 of the file, and
-        keeps the whole array in memory.
+        If the shape is [F], the first call checks the sha256, and keeps the whole array in memory.
         """
         if len(self.shape) > 1:
             return self._read(rows.start, rows.stop)
@@ -426,7 +424,7 @@ class Reader:
     """
 
     def __init__(self, splits: Sequence[PackedClips]):
-        """Numbers the clips of all `splits`. The splits must have the same modalities."""
+        """Makes a reader of `splits`, which must have the same modalities."""
         self._splits = splits
         sizes = [len(split.names) for split in splits]
         self._owner = np.repeat(np.arange(len(splits)), sizes)  # [N], the split of each clip
@@ -463,10 +461,9 @@ class Reader:
 
 
 def _find_damage(file: StoredFile) -> UserError:
-    """Finds out why the features of a clip, just read from `file`, had a wrong checksum.
+    """Returns an error that says that `file` was changed while it was read.
 
-    If the sha256 of the file is wrong, the file is damaged, and this function raises UserError.
-    Otherwise, it returns an error that says that the file was changed while it was read.
+    If the file does not match its sha256, it is damaged, and this function raises UserError.
     """
     file.check()
     return UserError(

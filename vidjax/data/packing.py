@@ -180,7 +180,7 @@ def _read_column(
         if not whole.all():
             raise UserError(
                 f"{place} {column[~whole][0]} is not a whole number from 0 to {2**31 - 1}: "
-                "count frames from 0"
+                "write frame numbers such as 0, 25, 50"
             )
     with np.errstate(over="ignore"):
         return column.astype(field.dtype)
@@ -216,7 +216,7 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
 def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
     """Raises UserError, because `clip` has the same name as an earlier clip.
 
-    The earlier clip is in the file or split `place`, with the name written as `given` (`a.mp4`).
+    `place` is the file or split of the earlier clip. `given` is its name there, maybe with `.mp4`.
     """
     places, other = " and ".join(dict.fromkeys((place, clip.place))), clip.given or clip.name
     problem = f"{places}: clip {show(clip.name)} comes twice"

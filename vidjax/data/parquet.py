@@ -91,11 +91,10 @@ def _check_rows(rows: Rows) -> None:
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Reads any parquet table. Returns three lists: texts, numbers and column names.
+    """Reads any parquet table. Nested columns are flattened. For errors, see `read`.
 
-    The first list has the distinct texts of all columns. The second list has an array for each
-    column of floats. The third list has the names of all columns. Nested columns are flattened.
-    For errors, see `read`.
+    Returns three lists: the distinct values of all columns of strings, an array for each column of
+    floats, and the names of all columns.
     """
     with files.scratch_folder() as scratch:
         arguments = {"out_dir": str(scratch), "any_columns": True}
@@ -108,10 +107,10 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
 def _run(
     path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
 ) -> Result:
-    """Runs `work`, a function of this module, in a child process with limits. Returns its result.
+    """Runs the function `work` in a child process with limits, and returns the result of `work`.
 
-    `path` is the table, and `arguments` are the other arguments of `work`. `kind` is the class of
-    the result. The child process can write only in the folders `writes`.
+    `path` is the table. `arguments` is the argument of `work`, without `path`. `kind` is the class
+    of the result. The child process can write only in the folders `writes`.
     """
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -129,12 +128,12 @@ def _run(
 
 
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
-    """Decodes the table `arguments["path"]` in a child process. A key of `arguments` selects how.
+    """Decodes the table `arguments["path"]` in a child process. A key of `arguments` is the task.
 
     - `names`: only tests that the columns `names` can be decoded. Returns None.
     - `any_columns`: writes all columns of floats to the folder `out_dir`. Returns the distinct
       values of all columns of strings, and the names of all columns.
-    - neither: writes a table of frames to the folder `out_dir`. Returns `Columns`.
+    - no such key: writes the columns that `read` needs to `out_dir`. Returns `Columns`.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):
@@ -228,7 +227,7 @@ def count_rows(path: Path) -> int:
 
 
 def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str]) -> int:
-    """Checks the sizes of the columns `names` that the footer of a table lists.
+    """Reads the sizes of the columns `names` from the footer of a table.
 
     Returns the number of values of the column `features`. Raises UserError if the columns need too
     much memory.
@@ -251,7 +250,7 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
             "for train: replace the table by a file SPLIT/CLIP.npz for each clip"
         )
     if size > _get_room(path):
-        raise _damaged(path, f"it would unpack to {size:,} bytes, over 100 times its size")
+        raise _damaged(path, f"the table would unpack to {size:,} bytes, over 100 times its size")
     return count
 
 
@@ -309,7 +308,7 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
     """Returns the columns to read, given the names of all columns.
 
-    Raises UserError if a column is missing, or if its name is probably misspelt.
+    Raises UserError if a column is missing, or if the name of a column is probably misspelt.
     """
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
@@ -352,7 +351,7 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
 def _write_columns(
     path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int, folder: Path
 ) -> Columns:
-    """Decodes the columns `names`, and writes them to files in `folder`, for `read`.
+    """Decodes the columns `names`, and writes them to files in `folder`.
 
     `counted` is the number of all values of the features, as the footer of the table lists it.
     """

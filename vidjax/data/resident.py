@@ -40,14 +40,14 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns the largest `count` of training steps that `draw_steps` can draw."""
+    """Returns how many steps `draw_steps` can draw: as many as DRAWN_CLIPS clips fill, or 1."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 
 def draw_steps(plan: BatchPlan, step: int, count: int) -> DrawnClips:
     """Draws the clips of `count` training steps, beginning with `step`.
 
-    The arrays are padded with zeros to [S, B], where S is `count_steps(plan)` and B the batch size.
+    Each array is padded with zeros to [S, B]. S is `count_steps(plan)`, and B is the batch size.
     The shape does not depend on `count`, so all calls of a training use one compiled program.
     """
     padding = (0, count_steps(plan) - count), (0, 0)
@@ -98,7 +98,7 @@ def gather_frames(
       clips: the joined frames of all clips. The last frame is zeros, for padding.
       clip_index: [B] int32, the indices of the B clips.
       batch_mask: [B] bool, False for rows that stay empty.
-      size: the number of frames of a padded clip. Longer clips are cut.
+      size: the number of frames of a padded clip, and the most frames taken from a clip.
       first: [B] int32, the first frame that is taken from each clip.
       lazy: True if features become LazyFeatures, which are read only when a model uses them.
     """
@@ -160,7 +160,7 @@ def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str
 
 
 def shape_frames(modality: Modality, *axes: int) -> list[Any]:
-    """Returns the shape and dtype of each field of frames on the devices, in the order of BATCHED.
+    """Returns the shape and dtype of each field of frames in device memory, as listed in BATCHED.
 
     Features have the shape [*axes, D]. The other fields, such as `quality`, have the shape [*axes].
     """
@@ -227,7 +227,7 @@ class Resident:
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
             """Returns modality -> the frames of the clips of `splits`, as arrays on the devices.
 
-            `phase` is `train` or `eval`: long clips may be cut to different frames in each phase.
+            `phase` is `train` or `eval`. The frames that are kept of a long clip depend on it.
             """
             located = {}
             for name, fields in frames.items():

@@ -140,8 +140,8 @@ def load(
 def read_modalities(data: Section) -> Mapping[str, int]:
     """Returns modality -> feature width of a dataset, without reading features.
 
-    `data` is the section `data` of a configuration. An unknown width is 0. If the names of the
-    files do not contain the modalities, returns {}.
+    `data` is the section `data` of a configuration. For pickles of iQIYI-VID, each width is 0
+    (unknown). For a folder of a user's own features, returns {}.
     """
     if data["name"] == "synthetic":
         return synthetic.SIZES[data["size"]].dims

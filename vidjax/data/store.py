@@ -189,7 +189,7 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
 
     def write(partial: Path) -> None:
         if earlier.exists():
-            _LOG.info("vidjax no longer uses the earlier data %s: you may delete them", earlier)
+            _LOG.info("vidjax no longer uses the folder %s: you may delete it", earlier)
         write_store(source, fingerprint, partial)
         if source.fingerprint() != fingerprint:
             raise UserError(
@@ -317,7 +317,7 @@ def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
 
 
 def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
-    """Returns modality -> the width of its features, and the common dtype of all splits.
+    """Returns modality -> its feature width, and a dtype that fits the features of all splits.
 
     Raises UserError if the width is not the same in all splits, or if no clip has a frame.
     """
@@ -398,7 +398,7 @@ def remove(folder: Path) -> bool:
 
 
 def load_store(folder: Path) -> Store:
-    """Opens the clips in a folder of the cache. Checks files whose size or time changed."""
+    """Opens a dataset in the cache. Checks the sha256 of files whose size or time has changed."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
@@ -438,7 +438,7 @@ def _load_split(
     """Opens the files of the split `name` in a folder of the cache, and returns its clips.
 
     `manifest` is the entry of the split in the manifest. `index` has the arrays of `index.npz`. If
-    the manifest, the index and the files contradict each other, raises an error of any type.
+    they contradict each other or the files, raises an error, such as UserError or KeyError.
     """
     start, lengths, quality, checksums = (
         {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
@@ -453,7 +453,7 @@ def _load_split(
             or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
         ):
             raise UserError(
-                f"{name}/{modality}: index.npz or manifest.json has a wrong dtype, start or length"
+                f"{name}/{modality}: a position in index.npz or a dtype in manifest.json is wrong"
             )
         flat = {}
         for field, state in kept["files"].items():

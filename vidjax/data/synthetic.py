@@ -6,10 +6,10 @@ poses. The frames of the clip are spread around the displaced vector, at low qua
 high quality. So clips of a person differ more than frames of a clip. There are also look-alikes,
 strangers, frames of the wrong person, modalities without information, and missing modalities.
 
-The displacement (`Size.spread`) was chosen by the MAP of single modalities, and then fixed. The
-table has the MAP@100 on val, including distractors. Each column has the MAP of an MLP for a single
-modality. The MLP has two layers of 1024 units, and fuses 1 to 5 random frames of a clip. In the
-column *face, weighted*, the frames are weighted by quality (weighting `graded`).
+The displacement (`Size.spread`) was chosen once, from the MAP of single modalities. The table has
+the MAP@100 on val, including distractors. Each column has the MAP of an MLP for one modality. The
+MLP has two layers of 1024 units, and fuses a few random frames of a clip. In the column *face,
+weighted*, the frames are weighted by quality (weighting `graded`).
 
 | size | face, weighted | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
@@ -67,7 +67,7 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size of a dataset, and its difficulty, which was calibrated for this size."""
+    """The size of a dataset, and its difficulty: how far clips are from their person."""
 
     identities: int  # number of known people
     mean_frames: float  # mean number of frames per clip
@@ -200,7 +200,7 @@ class _FlatFrames(NamedTuple):
     features: np.ndarray  # [F, D] float16 or float32
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yields the name and the frames of each clip, in the form of the official pickles."""
+        """Yields the name and the frames of each clip, as in the pickles of iQIYI-VID."""
         columns = [list(map(str, self.number.tolist()))]
         columns += [x.tolist() for x in (self.box, self.detection, self.quality)]
         columns = columns[: {"face": 4, "head": 3}.get(modality, 2)]
@@ -379,12 +379,11 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Draws the features [F, D] of F frames.
+        """Draws the features [F, D] of F frames. A track is the frames of one person in one clip.
 
-        `points` [F, RANK] is the vector of the person in each frame. A track is the frames of one
-        person in one clip. `track` [F], `quality` [F] and `position` [F] are the track of each
-        frame, its quality, and its position in the clip. `spread` has, for each track, the distance
-        of its frames from the vector of the person.
+        `points` [F, RANK] has the vector of the person in each frame, `track` [F] the track of the
+        frame, `position` [F] the position in the clip, and `quality` [F] the quality. `spread` has
+        the distance of the frames of each track from the vector of the person.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -439,14 +438,14 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws [F] int: the number of each frame, minus the number of the first frame of its clip."""
+    """Draws the video frame numbers of F frames, [F] int. The first frame of each clip has 0."""
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]
 
 
 def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Returns boxes [F, 4] (x1, y1, x2, y2 in pixels) of `width` [F] around `centre` [F, 2]."""
+    """Returns boxes [F, 4] (x1, y1, x2, y2) around `centre` [F, 2], of height 1.3 `width` [F]."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
 

@@ -152,13 +152,12 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
-    The entries are `eval_date`, the entries of the training, and `overrides`. `overrides` is a
-    dict, field -> value in `config`. It contains the fields that affect scores and had another
-    value in the training. If there are no such fields, there is no entry `overrides`. Otherwise,
-    `write_results` uses other file names, so that the results of the training are not replaced.
+    The entries are `eval_date`, the entries of the training, and maybe `overrides`: field -> value
+    in `config`, for fields that affect scores and had another value in the training. If there are
+    `overrides`, `write_results` uses other file names, and keeps the results of the training.
 
-    `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
-    finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored.
+    `step` is the step of the scored checkpoint, or None for a blend. If the training ended at
+    another step, `overrides` has an entry such as `eval.checkpoint`: "step 90".
     """
     own, trained = folder.config, folder.metrics()
     own.eval.split = config.eval.split  # another split has other files anyway
@@ -211,10 +210,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    `config` decides between a run and a blend, which joins the scores of several runs. If `folder`
-    has no configuration, it becomes the folder of a new blend. The results are written to `folder`,
-    see `write_results`. Returns split -> metrics. The clips need not be training clips, and need no
-    ground truth.
+    With `config.join.runs` or `config.join.systems`, `folder` is the folder of a blend, and may be
+    empty. The results are written to `folder`, see `write_results`. The clips need no ground truth.
+    Returns split -> metrics.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.
@@ -237,10 +235,10 @@ def evaluate(
 def score_splits(
     config: Config, folder: RunFolder, run: FoundRun | None, load: Load, mesh: Mesh, *splits: str
 ) -> list[Evaluation]:
-    """Scores `splits` with a run or, if `run` is None, with a blend of runs.
+    """Scores `splits` with a run or, if `run` is None, with the blend of `config`.
 
-    The default of `splits` is all splits of `config`. Returns an evaluation of each split,
-    beginning with `config.eval.split`.
+    The default of `splits` is all splits of `config`. `splits` must contain `config.eval.split`.
+    Returns an evaluation of each split. The evaluation of `config.eval.split` is the first.
     """
     evaluated: dict[str, Evaluation] = {}
     for split in splits or config_lib.list_splits(config):

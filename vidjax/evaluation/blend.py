@@ -37,8 +37,8 @@ class Blend:
 
     Attributes:
       models: the R models.
-      runs: the scores of each model on the split.
-      split: the names and labels of the clips.
+      runs: the `Scores` of each model on the split.
+      split: the split, with the names and labels of its clips.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Blend:
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                "config.join.learned needs labelled clips that a net of each run was not trained on"
+                "config.join.learned needs labelled clips that are new to a net of each run"
                 f"\n{self.split.name} has none: add labels, or train with --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)
@@ -218,7 +218,7 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
     """Learns parameters to join the scores of the runs of a blend, and writes them to a file.
 
     If `vidjax train` has made the blend, the parameters are learned from the clips of all training
-    splits. Otherwise, they are learned from the clips of `blend.split`. Each clip is scored only by
+    splits, otherwise from the clips of `blend.split`. In both cases, each clip is scored only by
     nets that were not trained on the clip.
     """
     name = blend.split.name

@@ -6,8 +6,8 @@ The joint log odds of identity j against a stranger are
 
 where log x_j = scale r_j + offset, and r_j are the log odds of the run. The trust in a run is the
 probability that the scores of the run are meaningful. For example, a run that sees only the heads
-of people is often sure of a wrong person if a clip has no clear picture of a head. Scale, offset
-and trust are learned by logistic regression, over all identities and a stranger at once.
+of people is often sure of a wrong person if no frame shows a head clearly. Scale, offset and trust
+are learned by multinomial logistic regression, with strangers as an additional class.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection. `trust`, and the constant STRANGERS in `learn`, are our design.
@@ -37,11 +37,10 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The learned parameters that join the scores of R runs: scale, offset and trust of each run.
+    """The learned parameters that join the scores of R runs.
 
-    The trust is the probability that the scores of the run are meaningful. `stranger` is the log
-    odds of a stranger. If there are separate parameters for parts of the clips, or for each clip,
-    all arrays have an additional first axis.
+    The trust is the probability that the scores of a run are meaningful. If each part (see
+    `split_clips`) or each clip has separate parameters, all arrays have an additional first axis.
     """
 
     scale: Array  # [R] logarithm of the scale
@@ -121,7 +120,7 @@ def draw_clips(pool: np.ndarray, most: int) -> np.ndarray:
 
 
 def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray) -> Examples:
-    """Returns examples: the scores of clips for the candidates that `choose_candidates` chooses.
+    """Returns the scores of clips for a few identities, see `choose_candidates`.
 
     `runs` are the scores of each run for the N clips of a split, and `labels` [N] are the labels of
     the clips. `drawn` [N] bool is True for the clips that become examples.
@@ -136,12 +135,10 @@ def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray)
 
 
 def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
-    """Chooses candidates for n clips: the right identity, each run's best, and random identities.
+    """Chooses candidates for n clips, and returns the scores of the clips for the candidates.
 
-    The result has the scores of the candidates. The candidates are examples to learn how
-    scores become probabilities. Without random identities, identities that are not candidates could
-    get too high probabilities. A random identity stands for
-    several identities, so its odds are multiplied by their number.
+    Candidates are the right identity, the best identities of each run, and random identities. Each
+    random identity represents w identities, and has the weight w in the result.
 
     Args:
       logs: logarithms of the probabilities of R runs, [R, n, C].
@@ -173,8 +170,8 @@ def learn(examples: Sequence[Examples]) -> Calibration:
     The arrays of the result have PARTS + 1 rows. Row p is learned from all clips that are not in
     part p (see `split_clips`). The last row is learned from all clips.
 
-    `examples` has an item for each split. If no clip shows a stranger, each clip is also used as a
-    clip of a stranger, without the scores of the right identity.
+    `examples` has an item for each split. If no clip shows a stranger, a copy of each clip,
+    without the scores of the right identity, is used as a clip of a stranger.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)
@@ -210,7 +207,7 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the mean cross-entropy of n clips, and the gradient by `point`.
+    """Computes the mean cross-entropy of n clips. The decorator adds its gradient at `point`.
 
     `point` has all learned parameters in one array. In the mean, clips have the weights `share`
     [n], whose sum is 1. A label is assumed to be wrong with probability WRONG. The other arguments

@@ -162,11 +162,11 @@ class Comparison(NamedTuple):
 
 
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
-    """Compares the MAP of runs with the MAP of the first run, on the same clips.
+    """Compares the MAP of groups of runs with the MAP of the first group, on the same clips.
 
-    `groups` is a list of lists with the folders of runs. To compare single runs, each list has one
-    folder. To compare mean MAPs over several seeds, each list has the same number of runs, which
-    differ only in their seeds. `split` is by default `eval.split` of each run.
+    A group is a list of folders of runs. To compare single runs, each group has one folder. To
+    compare mean MAPs over several seeds, all groups have the same number of runs, and the runs of a
+    group differ only in the seed. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -444,9 +444,9 @@ def make_config_table(
 def list_fields(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    `metrics` is the content of `metrics.json`. For a blend, only the fields of `config.join` are
-    returned, because the blended runs may differ in all other fields. `eval.checkpoint` is the
-    checkpoint that was scored, by default the latest.
+    `metrics` is the content of `metrics.json`. For a run, `eval.checkpoint` is the scored
+    checkpoint, by default the latest. For a blend, only the fields of `config.join` are returned,
+    because the blended runs may differ in all other fields.
     """
     values = dict(config_lib.fields(config)) | {"eval.checkpoint": "latest"}
     values |= metrics.get("overrides") or {}
@@ -566,7 +566,7 @@ def rename(runs: Sequence[RankedRun], names: Sequence[str]) -> list[RankedRun]:
 def drop_common(names: Sequence[str]) -> list[str]:
     """Returns the names without the beginning and the end that all names have in common.
 
-    Names are only cut after a `/` or `_`.
+    Names are only cut at a `/` or `_`: `runs/a_1` and `runs/b_1` become `a` and `b`.
     """
     parts = [re.split("(?<=[/_])", name) for name in names]
     for _ in range(2):  # at the beginning, then at the end

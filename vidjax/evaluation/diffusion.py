@@ -5,7 +5,7 @@ P_ic is the probability that clip i shows identity c. A PLDA model compares all 
     A_ij = the log-likelihood ratio that the clips i and j show the same person, summed over the
            modalities that both clips have, times SCALE and the learned scale of the run
     D_ij = the probability, computed from P, that the clips show two different identities
-    t    = log(N / OTHERS), but at least THRESHOLD, for N clips
+    t    = log(N / OTHERS), at least THRESHOLD: about OTHERS of N clips show the person of clip i
     v_ij = (1 - D_ij) sigmoid(A_ij - t)
     w_ij = (1 - max_c P_ic) v_ij / (1 + sum_j v_ij)
 
@@ -65,9 +65,10 @@ def view_groups(
     Args:
       model: the PLDA model, with the clips.
       split_name: the split of the clips.
-      use: [E, N] bool, True where one of E members scores one of the N clips of the split.
-      groups: groups of clips, each as clip indices [n]. The same members score a whole group.
-      factor: the learned scale of the run, a factor on the log-likelihood ratios.
+      use: [E, N] bool, True if a member (net) of the run scores a clip of the split.
+      groups: groups of clips, each as clip indices [n]. One member computes a whole group, so all
+        clips of a group must have the same members in `use`.
+      factor: the learned scale of the run, a factor of `View.scale`.
     """
     widths, embed = model.system.task.modalities, jax.jit(partial(embed_step, model.system))
     for clips in groups:
@@ -91,9 +92,9 @@ def view_groups(
 def weigh_neighbours(
     scores: Scores, groups: Sequence[tuple[np.ndarray, Sequence[View]]]
 ) -> scipy.sparse.csr_array:
-    """Returns the weights of neighbours, a sparse matrix [n, n].
+    """Returns the weights of similar clips (neighbours), a sparse matrix [n, n].
 
-    Element [i, j] is the weight of clip j as a neighbour of clip i.
+    Element [i, j] is w_ij of the module docstring, the weight of clip j as a neighbour of clip i.
 
     Args:
       scores: logarithms of probabilities, with a row for each of n clips.
@@ -108,10 +109,10 @@ def weigh_neighbours(
 def _compare(
     logs: np.ndarray, rows: np.ndarray, views: Sequence[View]
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Computes elements of the matrix of `weigh_neighbours`, for a group of n clips.
+    """Computes the weights of the neighbours that n clips (a group) have in the group.
 
-    `logs` are the logarithms of the probabilities of all clips. `rows` [n] are the rows of the
-    group in `logs`, and `views` are the vectors of the group in each modality. Yields the elements
+    `rows` [n] are the rows of the group in `logs`, the log-probabilities of all clips. `views` are
+    the vectors of the group in each modality. Yields elements of the matrix of `weigh_neighbours`
     in several portions, as three arrays: row indices, column indices and weights.
     """
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
@@ -136,7 +137,7 @@ def _compare(
 def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
     """Ranks clips by their probabilities, averaged with the probabilities of similar clips.
 
-    The scores in the result are the scores before the averaging.
+    Only the order changes: the scores in the result are the scores before the averaging.
 
     Args:
       scores: logarithms of probabilities, with a row for each of n clips.
@@ -156,7 +157,7 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
 
 
 def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns the scores [C, k] of the k ranked clips of each identity, in the order of `index`.
+    """Returns the scores [C, k] of the k ranked clips of each of C identities.
 
     `index` [C, k] are the indices of the ranked clips. Where it is NO_CLIP, the score is -inf.
     `logs` [n, C] are the scores of n clips, and `clips` [n] their indices, ascending.

@@ -57,9 +57,9 @@ def embed_step(
 ) -> Array:
     """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
-    An embedding has length 1, except in three cases:
-    - If the model has several classifiers, the embedding concatenates a vector for each classifier.
-      This vector has length 1 if the classifier scores the clip. Otherwise, it is 0.
+    An embedding has the norm 1, except in three cases:
+    - If the model has several classifiers, the embedding has a part for each classifier. A part has
+      the norm 1, or is 0 if its classifier does not score the clip.
     - If the model takes each frame as an example, the embedding is the mean over the frames.
     - If a clip has no usable frame, the embedding is 0.
     """
@@ -133,8 +133,8 @@ def _reduce_examples(
     (`mean` or `max`) joins the values of a clip. Otherwise, `values_of` gets whole clips.
 
     Args:
-      values_of: a function of the frames [B G, T, ...] of G examples (frames or clips) per clip,
-        and of the mask of real examples [B, G]. Returns the values of the examples, [B G, K].
+      values_of: a function of frames [B G, T, ...], and of the mask of real examples [B, G]. G is a
+        number of frames per clip, or 1 for whole clips. Returns the values, [B G, K].
       logs: True if the values are logarithms. Then `mean` is the logarithm of the mean exponential.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
@@ -146,7 +146,7 @@ def _reduce_examples(
         count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns the G elements of axis 1 of `x` [B, T', ...] from index `first` on."""
+            """Returns G (`size`) elements of axis 1 of `x` [B, T', ...], beginning with `first`."""
             if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
@@ -154,9 +154,9 @@ def _reduce_examples(
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of examples `first` to `first` + G - 1 of each clip.
+            """Returns the values [B, G, K] of G frames of each clip, beginning with frame `first`.
 
-            The second result, [B, G] bool, is False for examples that are padding.
+            The second result, [B, G] bool, is False for padding.
             """
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
@@ -192,7 +192,7 @@ def _reduce_examples(
 def _choose_num_examples(clips: int, examples: int) -> int:
     """Returns how many examples (frames) of each clip the model processes at once.
 
-    The number is 1, except in exports. `clips` is the number of clips of the batch, and `examples`
+    Only in exports, it is more than 1. `clips` is the number of clips of the batch, and `examples`
     is the number of examples of a clip.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
@@ -202,7 +202,7 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled `eval_step`. The scores [B, C] have a column for each identity only.
+    """Returns a compiled `eval_step` that scores only the C identities, [B, C], not all classes.
 
     Every device scores a part of the clips. With the same number of clips per device, the scores
     are equal to the bit on any number of devices.
@@ -256,7 +256,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a `MeanScores` of no scores, to which scores [B, K] can be added.
+    """Returns an empty `MeanScores`, to which scores [B, K] can be added.
 
     `like` [B, K] has the shape and dtype of the scores. If `logs` is True, the scores are
     logarithms of probabilities.

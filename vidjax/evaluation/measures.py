@@ -1,4 +1,4 @@
-"""Measures MAP of groups of identities and clips, lists mistakes, and measures error rates.
+"""Measures error rates, and MAP by group of identities or by group of clips. Lists mistakes.
 
 A known clip shows one of the identities. A distractor shows none of them: it is a clip of a
 stranger. FPIR is the share of distractors whose score reaches a threshold. FNIR is the share of
@@ -44,7 +44,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class ScoredSplit:
-    """The ranking of N clips for C identities, and values that are computed from it."""
+    """The ranking of N clips for C identities, and measures of the ranking."""
 
     top: TopK  # the best k clips of every identity as numpy arrays, best first
     best: np.ndarray  # [N] float32, the highest score of each clip for any identity
@@ -55,7 +55,7 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The labels of the k best clips of each identity, [C, k] int; -1 if there are fewer."""
+        """[C, k] int, `labels` of the k best clips of each identity; -1 for no clip."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
@@ -85,8 +85,8 @@ class ScoredSplit:
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precisions [C] without the clips `removed` [N] bool.
 
-        The second result is the number of clips that each identity keeps, [C]. The rankings of the
-        k best clips of each identity become shorter, because no other clips take the free places.
+        The second result, [C], is the number of clips that show each identity and are not removed.
+        A ranking of the k best clips becomes shorter: it is not filled up with lower clips.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -96,7 +96,7 @@ class ScoredSplit:
     def _averages_of(self, kept: np.ndarray, positives: np.ndarray) -> np.ndarray:
         """Returns the average precisions [C] of rankings from which some clips are removed.
 
-        `kept` [C, k] bool is True for the clips that stay in the ranking of an identity.
+        `kept` [C, k] bool is True for those of the k best clips of an identity that stay.
         `positives` [C] is the number of clips that show each identity.
         """
         wanted = self.hits & kept
@@ -108,9 +108,8 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        Only the k best clips of each identity are known. If a clip is not among the k best clips of
-        its best identity, the identity is -1, and the score is -inf. If scores are equal, the first
-        identity is the best.
+        If the k best clips of this identity lack the clip, the results are -1 and -inf. If scores
+        are equal, the first identity is the best.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
@@ -146,7 +145,7 @@ def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> sc
 def measure_strata(
     scored: ScoredSplit, split: Split, modalities: Sequence[str], train_clips: np.ndarray | None
 ) -> list[schemas.Strata]:
-    """Returns tables of the MAP of groups of identities, and of groups of clips.
+    """Returns tables of MAP by group of identities, and by group of clips.
 
     `train_clips` [C] is the number of training clips of each identity, or None if it is unknown.
     """
@@ -198,7 +197,7 @@ def group_by_count(counts: np.ndarray) -> Groups:
 
 
 def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Groups the clips `chosen` [N] bool by `values` [N], in ranges of about equal size.
+    """Groups the clips `chosen` [N] bool by `values` [N], about equally many per group.
 
     If all values are equal, returns [].
     """
@@ -215,9 +214,9 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
     """Groups clips by the set of modalities that they have, such as `face, audio`.
 
-    `names` are the modalities. `pool` [N] bool is True for ranked clips. Each of the MOST_GROUPS
-    sets of modalities that are most common in ranked clips has a group. All clips with another set
-    of modalities form the group `others`.
+    `names` are the modalities. `pool` [N] bool is True for ranked clips. The sets that are most
+    common in ranked clips, at most MOST_GROUPS, have a group each. All other clips form the group
+    `others`.
     """
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
@@ -257,7 +256,7 @@ def find_training_clips(model: TrainedModel) -> list[tuple[Split, np.ndarray]]:
 def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
-    Two fields of a row list up to three pairs (index of another identity, number of clips):
+    Two fields have up to three pairs (index of another identity, number of clips):
     - `lost_to` counts clips that show the identity, but score highest for the other identity. If
       the best identity of a clip is unknown (see `best_lists`), the index is -1.
     - `mixed_with` counts clips of the other identity among the n clips that score highest for the
@@ -280,10 +279,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 
 
 def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
-    """Returns rows about clips that score highest for a wrong identity, highest scores first.
+    """Returns rows about clips whose best identity is wrong, highest scores first.
 
-    Clips without a true identity (distractors) are listed apart from all other clips. A clip is
-    listed only if it is among the best clips in the ranking of the wrong identity.
+    Distractors, for which every identity is wrong, are listed apart from known clips. A clip is
+    listed only if it is among the k best clips of the wrong identity.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -296,9 +295,9 @@ def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
 def _list_mistakes(
     scored: ScoredSplit, wrong: np.ndarray, identity: np.ndarray, score: np.ndarray
 ) -> list[schemas.Mistake]:
-    """Returns rows about the clips with the highest `score` [N] among the clips `wrong` [N] bool.
+    """Returns rows about the clips in the mask `wrong` [N] with the highest scores.
 
-    `identity` [N] is the index of the identity for which each clip scores highest.
+    `identity` [N] is the index of the best identity of each clip, and `score` [N] the score for it.
     """
     places = np.flatnonzero(wrong)
     worst = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
@@ -401,8 +400,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> sche
     threshold for 1 % is None. With fewer than 9, the threshold for 10 % is None, too.
 
     In simulations, the interval of FNIR (see `resample_fnir`) contains the true FNIR in 93 to 99 %
-    of samples if the limit of FPIR allows four or more distractors above the threshold, and in 85 %
-    of samples or more if it allows fewer.
+    of samples, or in at least 85 % if fewer than four distractors may reach the threshold.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -440,11 +438,11 @@ def resample_fnir(
     threshold. In each sample, all clips of a person have the same random weight.
 
     Args:
-      strange: [S] scores of the distractors. They determine the threshold of a sample.
+      strange: [S] scores of the distractors.
       known: [n] the best score of each clip of a known person.
       right: [n] bool, True if the best score is that of the right identity.
       people: [n] the right identity of each clip.
-      rate: the largest share of new distractors that may reach the threshold.
+      rate: the FPIR that determines the threshold of a sample, such as 0.01.
     """
     rng = np.random.default_rng(0)
     num = len(strange)

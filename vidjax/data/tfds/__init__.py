@@ -1,7 +1,7 @@
 """The iQIYI-VID dataset for TensorFlow Datasets (TFDS), and training batches by tf.data.
 
 After `import vidjax.data.tfds`, the call `tfds.load("iqiyi_vid")` works. The module `streaming`
-makes training batches. No other folder of vidjax imports TensorFlow itself.
+makes training batches. Only this folder contains `import tensorflow`.
 """
 
 import dataclasses

@@ -2,9 +2,8 @@
 
 A thread reads the files in Python, and chooses the frames of long clips. TensorFlow would take four
 times as long for this. More threads would wait for each other, because only one thread of a process
-runs Python code at a time. The chosen frames are decoded and padded by operations of TensorFlow, a
-whole batch at a time. TensorFlow calls no Python code, because a process that ends during a call of
-Python code hangs or aborts.
+runs Python code at a time. Operations of TensorFlow decode and pad the chosen frames, a whole batch
+at a time. The operations call no Python code: if the program ended during a call, it would hang.
 
 All other code imports TensorFlow from this module, because this module sets TensorFlow up.
 """
@@ -86,9 +85,9 @@ def _read_batches(
 ) -> Iterator[tuple[Any, ...]]:
     """Yields a tuple for each training step, with the clips of the step as strings of bytes.
 
-    The items of the tuple are `clip_index` [B], `batch_mask` [B], and then a list of B strings for
-    each modality and each field, such as `quality`. A string belongs to a clip, and has the bytes
-    of the field for the chosen frames of the clip.
+    The tuple has `clip_index` [B], `batch_mask` [B], and a list of B strings for each field, such
+    as `quality`, of each modality. A string has the bytes of the field for the chosen frames of one
+    clip.
     """
     for clip_index, batch_mask, first in drawn:
         read = reader.read(clip_index[batch_mask], plan.modalities)

@@ -53,7 +53,7 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few at a time, as new dicts.
 
-    `size` is the number of bytes of the file. If the pickle is damaged, is refused, or cannot be
+    `size` is the number of bytes of the file. If the pickle is damaged or unsafe, or cannot be
     read in pieces, raises an exception of any type.
     """
     pipe = io.BytesIO()
@@ -113,10 +113,10 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size. Counts opcodes that add to the memo.
+    """Skips runs of opcodes with arguments of fixed size. Counts opcodes that add to the memo.
 
-    Most arrays have the same sequence of opcodes. So each new sequence becomes a regular expression
-    (at most MAX_PATTERNS). Matching an expression is faster than parsing each opcode.
+    Most arrays are pickled with the same run of opcodes. So each new run becomes a regular
+    expression (at most MAX_PATTERNS). This is faster than parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:

@@ -71,11 +71,11 @@ def unpack(
 
     The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains a dict, clip
     -> list of frames. A frame is a list of values, the last of which is the feature. If `modality`
-    is 'face', 'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset.
-    Otherwise, the most common number of values per frame decides what the values mean.
+    is 'face', 'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset. Any
+    other modality may have the same values as one of them.
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
-    No other call may use this folder. Another thread can kill the child process by `children`.
+    No other call may use this folder. `children` lets another thread kill the child process.
     Raises UserError if the pickle is malformed, or exceeds a limit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -177,9 +177,9 @@ def _clean_key(key: object) -> str:
 
 
 class _Budget:
-    """Limits the frames, the bytes and the clips without frames in a pickle of `size` bytes.
+    """Limits the frames, bytes and clips without frames that a pickle of `size` bytes may contain.
 
-    Without a limit, a small pickle could become very large, because clips may share an array.
+    Without limits, a small pickle could fill the memory, because clips may share an array.
     """
 
     def __init__(self, size: int) -> None:
@@ -233,8 +233,8 @@ def _read_frames(
 ) -> dict[str, Any]:
     """Checks `value`, the frames of a clip. Returns field -> array, or {} without frames.
 
-    `fields` are the names of the values of a frame in the pickle. The fields of the result are as
-    in `packing.read_frames`. Error messages begin with `where`.
+    `fields` are the names of a frame's values in the pickle, such as `det_score`. The result has
+    the names of `packing.read_frames`. Error messages begin with `where`.
     """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
@@ -266,8 +266,8 @@ def _join_features(
 ) -> np.ndarray:
     """Checks the T frames of a clip, and returns their features [T, D].
 
-    `entries` has the values of each frame, and `fields` the names of these values. The feature is
-    the last value. Error messages begin with `where`.
+    Each entry is a list with a value for each of `fields`. The last value is the feature. Error
+    messages begin with `where`.
     """
     features: list[Array] = []
     for number, entry in enumerate(entries):
@@ -297,9 +297,9 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Returns the values of a field, such as 'frame', in T frames: [T] int64 or float64.
+    """Converts the values of a field to [T] int64 (field 'frame') or float64 (other fields).
 
-    Raises UserError, which begins with `where`, if a value is not a number.
+    If a value is not a number, raises UserError, whose message begins with `where`.
     """
     try:
         column = _convert(values, field)

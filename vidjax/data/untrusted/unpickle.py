@@ -46,7 +46,7 @@ class _DType(metaclass=_Sealed):
     def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
         name = str(code, "latin-1") if isinstance(code, bytes) else code
         if not isinstance(name, str) or name not in _DTYPES:
-            raise UserError("the pickle contains an array whose dtype is not a real number")
+            raise UserError("the pickle contains an array whose values are not real numbers")
         self = object.__new__(cls)
         self.itemsize = int(name[1])
         self.code = ("<" if self.itemsize > 1 else "|") + name
@@ -69,7 +69,7 @@ class _DType(metaclass=_Sealed):
 
 
 class Array(metaclass=_Sealed):
-    """Replaces a numpy array. It has the dtype code, the shape, and the bytes in C order."""
+    """A numpy array of a pickle, as dtype code, shape, and bytes in C order."""
 
     __slots__ = ("code", "data", "shape")
     code: str

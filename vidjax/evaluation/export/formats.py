@@ -162,7 +162,7 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
-    """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
+    """Writes a PLDA run as `arrays.npz` and `reader.py`. Returns a function that uses them."""
     del inputs
     import jax
 
@@ -186,7 +186,7 @@ def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
-    """Returns the arrays of a run of the model PLDA, name -> array, as in the module `array_files`.
+    """Returns the arrays of a PLDA run, name -> array. The module `array_files` lists the names.
 
     Raises UserError if the run has another model or unsupported settings.
     """

@@ -114,9 +114,9 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Fuses the frames of each clip. The result does not depend on other clips of the batch.
+    """Applies `fuse_eval` to each modality of B clips. Clips do not depend on each other.
 
-    `frames` and the result are modality -> frames of the B clips.
+    `frames` and the result are modality -> frames, before and after the fusion.
     """
     # If a modality of a clip has a single frame, a run combines this frame with every frame of the
     # other modalities. `System.to_examples` recognises a single frame by the length of its array.
@@ -142,10 +142,7 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 
 
 def get_members(run: Predictor) -> list[Member]:
-    """Returns the weights of each ensemble member: (parameters, other Flax collections, view).
-
-    The arrays are in the memory of the host. `view` is the argument `hidden_chunk` of `eval_step`.
-    """
+    """Returns (params, model_state, hidden_chunk) of each member, in memory of the host."""
     count = len(run.model.training_sets.members)
     return [jax.device_get(run.model.member(number)) for number in range(count)]
 
@@ -185,8 +182,8 @@ class RandomClips(NamedTuple):
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
     """Makes random clips, and computes the outputs of a run for these clips.
 
-    `padding` is the number of padded frames after the longest clip. One clip has only the last
-    modality of the run.
+    `padding` is the number of padded frames after the longest clip. To test missing modalities, one
+    clip has only the last modality of the run.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.

@@ -193,7 +193,7 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Adds nodes that compute the shape `dims`, n sizes, as an int64 array [n]."""
+        """Adds nodes that convert the n sizes `dims` of a shape to an int64 array [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
@@ -484,7 +484,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _make_error(f"'gather' must take one slice or rows, not slices of the shape {sizes}")
+        raise _make_error(f"'gather' of several slices of the shape {sizes}")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     batching = [int(axis) for axis in numbers.start_indices_batching_dims]
@@ -519,7 +519,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _make_error("'scatter' must replace exactly one slice")
+        raise _make_error("'scatter', except to a single slice")
     (axis,) = axes
     is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))

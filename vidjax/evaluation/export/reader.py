@@ -57,8 +57,8 @@ def log_probabilities(arrays, vectors):
 def _compute_distance_ratios(values, x):
     """Returns the log-likelihood ratios [Q, N] of Q clips and N people, from distances.
 
-    `values` are the arrays of a modality, and `x` [Q, D] are the vectors of the clips, scaled to
-    length 1, minus the mean of all people.
+    `values` are the exported arrays of a modality. `x` [Q, D] are the vectors of the clips, scaled
+    to length 1, minus the mean of all people.
     """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]
