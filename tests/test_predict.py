@@ -115,7 +115,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
         (others, None), (load({"val": others}), "val"), (load({"test": others}), "test"),
     ):  # fmt: skip
         with pytest.warns(
-            UserWarning, match="have the same names as training clips, and count as new clips"
+            UserWarning, match="have the same names as training clips, but count as other clips"
         ):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 

@@ -3,10 +3,9 @@
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
-program runs on the same batches of clips. A small request, of at most 4 clips in memory, is scored
-by another program in milliseconds. The scores of small and large requests differ by less than 1e-4.
-In all small requests, a clip gets the same scores to the bit.
+Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit. If a request has at
+most 4 clips, given as arrays, a faster program scores them in milliseconds. Its scores differ by
+less than 1e-4 from the scores in a larger request, and do not depend on the other clips.
 """
 
 import dataclasses
@@ -87,7 +86,7 @@ class Ranker:
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
-        """Raises UserError, because a blend of several runs has no vectors."""
+        """Raises UserError: a blend of runs has no vectors. `Predictor` overrides this method."""
         paths = ", ".join(map(str, RunFolder(self.workdir).list_runs()))
         raise UserError(
             f"'{self.workdir}' is a blend of runs, which has no embeddings\n"
@@ -161,12 +160,11 @@ class Ranker:
           clips, split: N clips, see `Ranker`.
           k: largest number of identities per clip.
           threshold: lowest score of an answer. `float("-inf")` sets no limit. None means the
-            property `threshold`. If the run was evaluated without strangers, None sets no limit.
+            property `threshold`, or no limit if the run was evaluated without strangers.
 
         Raises:
-          ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            the property `threshold` is needed, but unknown. A run that was evaluated without
-            strangers needs no threshold.
+          ValueError: clips do not fit the run, k is below 1, `threshold` is NaN, `threshold` is
+            above 0 although scores are logarithms, or no `threshold` is given or known.
         """
         check_argument("identify: k", k, number_types.Integral, "a number of identities")
         if k < 1:
@@ -219,10 +217,10 @@ class Ranker:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
-        Clips with equal scores are in the order of their names. A blend with
-        `config.join.diffusion` averages the scores of similar clips to rank the clips, but returns
-        the scores before the averaging. For `clips` and `split`, see `Ranker`. `advance` is called
-        after each block of clips, with the number of rows of the block, including padding.
+        Clips with equal scores are in the order of their names. For `clips` and `split`, see
+        `Ranker`. `advance` is called after each block of clips, with the number of rows of the
+        block, including padding. A blend with `config.join.diffusion` ranks by scores averaged over
+        similar clips, but returns the scores before averaging: they may not fall along the list.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -259,14 +257,13 @@ class Ranker:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor(Ranker):
-    """A trained run with its weights. `Ranker` describes the argument `clips` of the methods.
+    """A trained run with its weights. For the argument `clips` of its methods, see `Ranker`.
 
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      model: the model with its weights, without clips to evaluate.
-      embed_fn: a function that computes the embeddings [B, D] of B clips with a member, one net of
-        the ensemble.
+      model: the model with its weights. `model_of` adds the clips of a request.
+      embed_fn: a function that computes the embeddings [B, D] of B clips by one net of an ensemble.
     """
 
     step: int
@@ -337,7 +334,7 @@ class Predictor(Ranker):
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns an array [B, D] per block. Each row joins the embeddings of all members."""
+        """Returns an array [B, D] per block. A row concatenates the embeddings of all members."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number in range(len(self.model.training_sets.members)):
             own = self.model.member(number)
@@ -351,8 +348,7 @@ class JointPredictor(Ranker):
     """A blend, which joins the scores of R runs. `Ranker` describes the methods.
 
     Attributes:
-      runs: the runs of the blend. If `vidjax train` has made the blend, these are only the runs
-        that were trained on all clips, not the runs in folds.
+      runs: the runs of the blend, without the cross-validation runs of `vidjax train`.
       numbers: the learned parameters that join the scores, or None.
       weights: the weights [R] of the runs, which are used only if `numbers` is None.
     """
@@ -446,9 +442,9 @@ def restore_run(
 def _read_results(folder: RunFolder, step: int | None) -> Mapping[str, Any]:
     """Returns the results of the checkpoint of `step`, or {} if it was not evaluated.
 
-    Training writes the results of its last checkpoint to `metrics.json`. The results of another
-    checkpoint are in `metrics_<split>.json`. Results of an evaluation with other settings than the
-    training are not used, because their threshold may differ. For a blend, `step` is None.
+    Reads `metrics.json`, with results of the last checkpoint. If they are of another step, reads
+    `metrics_<split>.json`. Results that were computed with changed settings do not count, because
+    their threshold may differ. If the folder is a blend of several runs, `step` is None.
     """
     for apart in (False, True):
         try:

@@ -47,7 +47,7 @@ def write_ranking(
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text that `write_ranking` writes to the file `path`, given the same arguments."""
+    """Returns the text that `write_ranking` writes to a file. Messages of errors name `path`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(
@@ -109,7 +109,7 @@ def read_submission(
     | an identity has a second line | only the last line counts |
     | a byte order mark is before the first identity | the mark counts as a letter of the name |
     | an identity is not in `positives` | the identity is not scored |
-    | a clip of `positives` is spelled in another way | the clip counts as a wrong answer |
+    | a clip is spelled differently than in `positives` | the clip counts as a wrong answer |
     | bytes are not UTF-8 text | a name with these bytes equals no name in `positives` |
 
     `positives` is identity -> the clips that show the identity, as `read_ground_truth` returns
@@ -119,7 +119,7 @@ def read_submission(
     description of the script. The other rows are our assumptions.
 
     Raises:
-      UserError: a line has more than 100 different names.
+      UserError: a line has more than 100 different clips.
     """
     spellings = find_spellings(positives or {})
     clips = {_try_clean(text): clip for text, clip in spellings.items()}

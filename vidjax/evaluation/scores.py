@@ -116,7 +116,6 @@ def write_scores(
     """Scores the clips of a split with a model, and returns the scores in an array on the disk.
 
     `only` [N] bool is True for the clips to score, by default all. For `folder`, see `allocate`.
-    The function `describe` chooses the members (nets of an ensemble) that score a clip.
     """
     scores = describe(model, split_name)
     use = scores.use if only is None else scores.use & only
@@ -286,11 +285,11 @@ def evaluate(
 
 
 def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
-    """Counts, for each identity, its clips in the ground truth where `pool` [N] bool is True.
+    """Counts clips and identities in the ground truth of a split with N clips.
 
-    The first result, [C] int, is the number of clips of each identity of the model. The second
-    result is the number of identities in the ground truth that the model does not have, and whose
-    average precision is 0. If `pool` leaves out a clip of the split, the second result is 0.
+    The first result, [C] int, is the number of clips of each identity of the model, among the clips
+    where `pool` [N] bool is True. If `pool` is True for all clips, the second result is the number
+    of identities that the model does not have, whose average precision is 0. Otherwise, it is 0.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0
@@ -299,7 +298,7 @@ def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
 def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
     """Returns the MAP of the ranking `top` on the clips where `pool` [N] bool is True.
 
-    If the split has no ground truth, or these clips show no identity, returns None.
+    Returns None if the split has no ground truth, or no such clip shows an identity of the model.
     """
     positives, others = count_positives(split, pool)
     if not split.labelled or not positives.any():

@@ -177,16 +177,16 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def iterate_windows(
     model: TrainedModel, split_name: str, use: np.ndarray | None = None
 ) -> Iterator[list[Batch]]:
-    """Yields the clips of a split in windows. A window is a list of batches (blocks) on devices.
+    """Yields the clips of a split in windows. A window is a list of blocks (batches on devices).
 
-    A member of an ensemble scores a whole window before the next member starts. So the weights of
-    members are exchanged less often. The memory for features and scores limits the size of a
-    window. If there is only one member, a window has only one block. A block has `model.block_size`
-    clips per device. On accelerators, blocks are up to 8 times as large if all clips are short.
+    A member (net) of an ensemble scores a whole window before the next member starts. So weights
+    are exchanged less often. The memory for features and scores limits the size of a window. If
+    there is only one member, a window has only one block. A block has `model.block_size` clips per
+    device. On accelerators, blocks are up to 8 times as large if all clips are short.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. If two clips have the
-    same members, they are put into the same block, if possible. Clips that no member scores are
-    left out. If `use` is None, the windows contain all clips.
+    `use` [E, N] bool is True where one of E members scores one of N clips. If possible, all clips
+    of a block are scored by the same members. Clips that no member scores are left out. If `use` is
+    None, the windows contain all clips.
     """
     split, num_members = model.data.split(split_name), len(model.training_sets.members)
     mesh, block_size = model.mesh, model.block_size
@@ -213,17 +213,17 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns by which factor, 1 to 8, blocks are enlarged. JOINED_FRAMES limits the factor."""
+    """Returns the factor, 1 to 8, on `block_size`. The shorter the clips, the larger it is."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Splits the groups of clips in `plan` by the members (nets) that score the clips.
+    """Splits the groups of clips in `plan`, so that the same nets score all clips of a group.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. The clips of a new group
-    have similar lengths and the same members. If a new group has fewer than `rows` clips (a block),
-    it is merged with other small groups of similar length, so that blocks have little padding.
+    `use` [E, N] bool is True where one of E nets scores one of N clips. All clips of a group have
+    similar lengths. Small groups of similar length, with fewer than `rows` clips each, are merged,
+    although different nets score their clips. So blocks of `rows` clips have little padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

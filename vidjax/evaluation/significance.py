@@ -1,17 +1,16 @@
 """Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
 The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
-many times, with random weights of the identities. The bootstrap adds an unseen identity: the
-average precisions 0 and 1, each with half of the weight of an identity. So the interval has a width
-even if the average precisions of all identities are equal. If all are 0 or 1, the interval equals
-the Jeffreys interval of a proportion. If the average precisions vary, the interval is hardly wider
-than a t interval.
+many times, with random weights of the identities. Two values are added to the average precisions:
+0 and 1, each with half of the weight of an identity. So the interval has a width even if all
+average precisions are equal. If all are 0 or 1, the interval equals the Jeffreys interval of a
+proportion. If the average precisions vary, the interval is hardly wider than a t interval.
 
-The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
-bootstrap. For the unseen identity of this bootstrap, see `_draw_low_means`. The interval of the
-difference between two groups of runs also includes the variance between seeds.
+The interval of the difference between two runs contains a paired t interval, which is far too
+narrow if most differences are equal and a few lie far away, and a Bayesian bootstrap interval, see
+`_draw_low_means`. The interval of the difference between two groups of runs also includes the
+variance between seeds.
 
-If most values in a sample are equal and a few lie far away, a t interval is far too narrow.
 `tests/benchmarks/README.md` reports how often the intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
@@ -44,8 +43,8 @@ class Difference(NamedTuple):
     Attributes:
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
-      p, p_holm: two-sided p-value of a difference of 0, without and with Holm's correction for the
-        number of compared runs. If groups of runs are compared, both are None.
+      p, p_holm: two-sided p-value of the null hypothesis of no difference, without and with Holm's
+        correction for the number of runs. If groups of runs are compared, both are None.
       better, worse, equal: numbers of identities whose average precision is higher, lower or equal.
       error: standard error of `mean`. It is None if single runs are compared.
     """
@@ -74,12 +73,12 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
     are exchanged, (low, high) becomes (-high, -low).
 
     The interval is the smallest that contains a paired t interval and a Bayesian bootstrap
-    interval. The bootstrap adds a gap for an unseen identity, see `_draw_low_means`.
+    interval. The bootstrap adds a gap for an unseen identity, see `_draw_low_means`. The sources
+    add -1 or 1. With few identities, this would hide differences that a t test finds.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable. The publications add a bound of the range, here -1 or 1.
-    Our gap is smaller. With few identities, -1 or 1 would hide differences that a t test finds.
+    mean of a bounded random variable.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -96,16 +95,16 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Draws random weights of C + 1 gaps `draws` times. Returns the weighted means, [draws].
+    """Draws means with random weights (Bayesian bootstrap) of `gaps` and a low guess, [draws].
 
-    The gaps are `gaps` [C], and a cautious, low guess of the gap of an unseen identity. The guess
-    depends on `measure_ties(gaps)`, the share of pairs of identities with equal gaps:
+    `gaps` [C] are the differences in average precision between two runs, one for each identity. The
+    guess stands for an unseen identity. It depends on the share of pairs of equal gaps:
 
         share up to 1/3:  halfway between the mean gap and the lowest gap
-        share 1:          -1, because equal gaps do not show how low a rare gap can be
+        share 1:          -1, because the gaps do not vary, but a rare gap can be low
         between:          linear interpolation
 
-    With fewer than FEWEST_IDENTITIES gaps, the interpolation starts at share 0, and is quadratic.
+    With fewer than FEWEST_IDENTITIES gaps, the interpolation is quadratic, from share 0 to 1.
     """
     # The limit is 1/3, because two good systems rank 60 % of the identities without a mistake.
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
@@ -126,8 +125,8 @@ def measure_ties(gaps: np.ndarray) -> float:
 def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
     """Returns means of `values` [C] with random weights (Bayesian bootstrap), [draws].
 
-    Each of the C values has an expected weight of 1. `unseen` maps additional values to their
-    expected weights. The means do not depend on the order of the values.
+    Each of the C values has an expected weight of 1. `unseen` is additional value -> its expected
+    weight, such as {0.0: 0.5}. The means do not depend on the order of the values.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -175,11 +174,11 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     The interval of a difference is the smallest that contains two intervals:
 
     - a t interval, whose variance is the sum of the variances over identities and over seeds.
-    - `compute_gap_interval` for the mean runs of both groups, which accounts for rare identities.
+    - `compute_gap_interval` for average precisions that are averaged over the runs of a group.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile of the interval is the mean
-    of the t quantiles for identities and for seeds, weighted by the variances. The degrees of
-    freedom of Satterthwaite 1946 give intervals that are too narrow for two or three seeds.
+    of the t quantiles for identities and for seeds, weighted by the variances. (For two or three
+    seeds, the degrees of freedom of Satterthwaite 1946 would give too narrow intervals.)
     """
     from scipy import special  # takes 0.2 s, so only when needed
 
@@ -214,10 +213,10 @@ def _count_signs(gaps: np.ndarray) -> tuple[int, int, int]:
 
 
 def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Returns the squared standard errors of a mean difference, over identities and over seeds.
+    """Returns the parts of the squared standard error of a mean: from identities and from seeds.
 
     `gaps` has an array [C] for each seed: the differences in average precision between two runs,
-    for C identities. The sum of the two results is the squared standard error over both.
+    for C identities.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))

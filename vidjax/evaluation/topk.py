@@ -91,7 +91,7 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Updates `keys` with the clips that `add` collected since the last call of `merge`."""
+        """Replaces `keys` by the k best keys of `keys` and of the clips that `add` collected."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -109,7 +109,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Stores the lowest scores [C] with which a new clip can still be among the k best."""
+        """Computes, for each identity, the lowest score of a clip that `add` collects."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)

@@ -105,9 +105,9 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
     if task.num_identities != people or columns > most:
         raise CheckpointError(
-            f"'{workdir}': the checkpoint lists {people:,} identities, so its manifest must have "
-            f"{people:,} identities and at most {most:,} classes, not {task.num_identities:,} and "
-            f"{columns:,}\n{members_file.REMEDY}"
+            f"'{workdir}': the checkpoint lists {people:,} identities, but its manifest has "
+            f"{task.num_identities:,} identities and {columns:,} classes (possible: up to {most:,} "
+            f"classes)\n{members_file.REMEDY}"
         )
     return FoundRun(folder, saved, task, identities, training_sets)
 
@@ -192,11 +192,10 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the names of the training clips of each net of an ensemble: `sets` or empty sets.
+    """Returns `sets`, the training clips of each net of an ensemble, which the net does not score.
 
-    A net does not score its training clips. If the digests of `data` are not `own` (the digests of
-    the training data), clips of `split` with the names of training clips count as new clips: the
-    function warns, and returns empty sets, so that all nets score all clips.
+    If the digests of `data` are not `own`, the digests of the training data, warns that clips of
+    `split` only have the names of training clips, and returns empty sets: all nets score them.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -206,7 +205,7 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        f"clips of {split} have the same names as training clips, and count as new clips\n"
-        "if a net was trained on them, the scores are too good: use vidjax evaluate instead"
+        f"clips of {split} have the same names as training clips, but count as other clips\n"
+        "if they are the training clips, the scores are too good: use vidjax evaluate instead"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

@@ -52,12 +52,12 @@ class Identifier(nn.Module):
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
       is_closed_form: True if training only sums or stores vectors of clips, without a loss and an
-        optimiser. Then no option of the configuration may change or repeat clips.
+        optimiser. Then the options that change or repeat training clips must be off.
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: {} if the model contains no other models. Otherwise, field with a model -> field with
-        the modalities of this model, such as {"main": "main_modalities"}.
+      parts: for a model that contains models, such as `main`: field with a model -> field with the
+        modalities of that model, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -116,18 +116,18 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Returns the state for evaluation, given the arrays [E, ...] of E trained nets.
+        """Returns the variables for evaluation that replace `model_state` after the training.
 
         `params` are the trained parameters. `model_state` are all other collections of variables.
-        For example, PLDAIdentifier computes coefficients from sums over the training clips.
+        All arrays are [E, ...] for E nets. For example, PLDA computes coefficients from sums.
         """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
         """Measures the quality of B clips for the evaluation, [B] float32.
 
-        `frames` is modality -> Frames [B, T], before fusion and with all features. The model
-        receives the result as `ClipInfo.measure`. Returns None if the model needs no quality.
+        `frames` is modality -> Frames [B, T], the input of `System.fuse`. The model receives the
+        result as `ClipInfo.measure`. Returns None if the model needs no quality.
         """
         return None
 

@@ -75,8 +75,7 @@ class System(NamedTuple):
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
         `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the features are divided
-        into chunks, and chunk number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk`
-        is not used.
+        into chunks, and one chunk is removed. `hidden_chunk`, [] int32, is its number.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -172,7 +171,7 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The class columns, or None if there are no noise classes (classes of distractors)."""
+        """The class columns of the logits, or None without noise classes (of distractors)."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
@@ -184,7 +183,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds a system: model, losses, optimiser, fusions. `task` has sizes of the training data."""
+    """Builds the model, loss, optimiser and fusions of frames, for data of the sizes in `task`."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -244,8 +243,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """Builds the model of a configuration. `task` has sizes of the training data.
 
-    If `config.ensemble.views` is set, each net lacks a chunk of the features. Then the widths of
-    the model's inputs are smaller than the widths in `task`.
+    If `config.ensemble.views` is set, each net of the ensemble is trained without a part of the
+    features. Then the inputs of the model are narrower than the widths in `task`.
     """
     spec = config["model"]
     if task.settings:
@@ -380,9 +379,9 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds a function (labels [B], step) -> weights of B training clips in the loss, [B].
 
-    A mirror class contains distractors that the model mistakes for one identity. Clips of mirror
-    classes get their weight from the schedule `spec["mirror_weight"]`. All other clips have the
-    weight 1. `layout` describes the class columns. It is None if there are no mirror classes.
+    The schedule `spec["mirror_weight"]` gives the weight of distractors that the model mistakes for
+    an identity (mirror classes). All other clips have the weight 1. `layout` says which classes are
+    mirror classes, or is None if there are none.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

@@ -11,11 +11,11 @@ The squared distance |x - x'|^2 of two clips has a gamma distribution:
     clips of two people:      the mean is 2 (W + B), and the shape is n_different / 2
 
 The sum of the squares of n independent Gaussians of equal variance has such a distribution with the
-shape n / 2. To get a density of x from the density of the distance, the direction of x - x' is
-assumed to be uniform in n_different dimensions, for the clips of a person and for strangers.
+shape n / 2. All directions of x - x' in n_different dimensions are assumed to be equally likely,
+for clips of one person and of two people. So the density of x follows from that of the distance.
 
-The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
-spread less: `count_shape` computes n without this effect.
+Vectors are scaled to unit length, which makes their cosines spread less. `count_shape` corrects
+n_same and n_different for this effect.
 
 The card may contain an estimate of m, which the vectors of the N enrolled people correct. If the
 card has no estimate, only these vectors determine m. If each person then has a single clip, the
@@ -54,7 +54,7 @@ class Distances(NamedTuple):
 
 
 class Population(NamedTuple):
-    """The posterior of the mean vector of all people."""
+    """The posterior of m, the mean vector of the population."""
 
     mean: np.ndarray  # [D] float64
     variance: float  # summed over the dimensions
@@ -74,10 +74,9 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def count_shape(variance: float, deviation: float) -> float:
-    """Returns the shape of the gamma distribution of the squared distance of two unit vectors.
+    """Returns the parameter shape of the gamma distribution of squared distances, n / 2.
 
-    The cosine of the two vectors has the mean 1 - `variance`, and the standard deviation
-    `deviation`.
+    `variance` is 1 - the mean of the cosines. `deviation` is the standard deviation of the cosines.
     """
     # Before scaling, let a vector be c + g, where |c|^2 = 1 - V, and g is Gaussian in n dimensions
     # across c, with the variance V. Then |c + g|^2 = 1 + d, where d has the variance 2 V^2 / n. To
@@ -89,9 +88,9 @@ def count_shape(variance: float, deviation: float) -> float:
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
     """Computes the effective number of clips of each of K people, [K] float64.
 
-    Clips of the same day resemble each other, so they count as fewer clips. `count` [K] is the
-    number of clips of each person. `square` [K] is the squared length of each person's mean unit
-    vector.
+    If the clips of a person differ less than `distances.within` predicts, they count as fewer
+    clips. `count` [K] is the number of clips of each person. `square` [K] is the squared length of
+    the mean of each person's unit vectors.
     """
     # k clips have a share r of their variance W in common, so their mean has the variance
     # (r + (1 - r) / k) W, as the mean of the effective number of independent clips. The spread of
@@ -103,10 +102,10 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
 
 
 def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the weights of K people in the estimate of the mean vector of all people, [K] float.
+    """Returns the weights of K people in the estimate of m, the mean of the population, [K] float.
 
-    `effective` [K] are the numbers of independent clips, see `effective_count`. `counts` [K] are
-    the numbers of clips. A person without a clip has the weight 0.
+    `distances` has the variances. `effective` [K] are the effective numbers of clips, see
+    `effective_count`. If the number of clips in `counts` [K] is 0, the weight is 0.
     """
     return np.where(counts > 0, 1 / (distances.between + distances.within / effective), 0)
 
@@ -114,11 +113,11 @@ def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np
 def population(
     distances: Distances, mean: np.ndarray | None, weighed: Iterable[tuple[np.ndarray, float]]
 ) -> Population:
-    """Computes the posterior of the mean vector of all people.
+    """Computes the posterior of m, the mean vector of the population.
 
     `mean` [D] is the prior mean from the card of the net (a JSON file), or None if the card has
-    none. `weighed` has one or more pairs, each for some of the enrolled people: the weighted sum
-    [D] of the mean unit vectors of the people, and the sum of the weights, see `weigh`.
+    none. `weighed` has a pair for each of one or more groups of enrolled people: the weighted sum
+    [D] of the mean vectors of the people, and the sum of the weights, see `weigh`.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:
@@ -136,7 +135,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of the mean vector of each of N people.
+    """Computes the posterior of the mean vector of each of N people, given `distances`.
 
     `effective` [N] are the effective numbers of clips of the people, see `effective_count`. `known`
     is the result of `population`.
@@ -168,10 +167,10 @@ def person_log_density(
 def stranger_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of clips under the hypothesis that they show strangers.
+    """Computes the log density of clips by `distances`, if the clips show strangers.
 
-    `square` is the squared distance between the clip and the mean vector of all people. `variance`
-    is the expected value of `square` under the hypothesis. Both are float arrays that broadcast.
+    `square` is the squared distance between the clip and the mean of the population. `variance` is
+    the expected value of `square` for a stranger. Both are float arrays that broadcast.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)

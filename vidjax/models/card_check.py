@@ -45,12 +45,12 @@ class Comparison(NamedTuple):
     deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns True if the net is blind: it does not separate people.
+        """Returns True if mirror images show that the net does not separate people.
 
-        `mirrored` are the cosines between the vectors of photos and of their mirror images. A net
-        is blind if the mean distance (1 - cosine) of a photo and its mirror image is over 30 % of
-        the mean distance of two people. This share is 5 % for dlib's net, and 40 to 70 % for nets
-        with random weights, except for nets that only average over the picture.
+        `mirrored` are the cosines between the vectors of photos and of their mirror images. The
+        mean distance (1 - cosine) of a photo and its mirror image is 5 % of the mean distance of
+        two people for dlib's net, and 40 to 70 % for most nets with random weights. If it is over
+        30 %, the result is True. Random nets that average over the photo are not found.
         """
         # If people have only one or two photos, `compare` misses most nets with random weights.
         if self is NO_PROBLEM:
@@ -72,11 +72,10 @@ def compare(
 
     Args:
       distances: the distributions of distances, according to the card (a JSON file).
-      total: [D], the sum over the people of each person's mean unit vector.
-      squares: [P], the squared length of each person's mean unit vector.
+      total: [D], the sum of all people's mean vectors (each the mean of a person's unit vectors).
+      squares: [P], the squared length of each person's mean vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
-      deviation: the standard deviation of the cosines between the mean vectors of two people; 0 if
-        it is unknown.
+      deviation: the standard deviation of the cosines of people's mean vectors; 0 if unknown.
     """
     squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
     repeated, people = counts > 1, len(counts)
@@ -128,13 +127,13 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
 
     Returns the first of these values that applies:
 
-        False:  for more than 5 % of the pairs, the distance of the vectors is too large, even for
-                two people. Nets that only see colours give such distances.
-        True:   for half of the pairs or more, the distance is large enough for two people.
+        False:  more than 5 % of the pairs are farther apart than the card allows for two people.
+                Nets that see colours instead of faces give such distances.
+        True:   at least half of the pairs are as far apart as two people.
         None:   otherwise. The net may be good: twins, mirrors and split screens show similar faces.
 
     Args:
-      distances: the usual distances, from the card (a JSON file) of the net.
+      distances: the distributions of distances, according to the card (a JSON file) of the net.
       cosines: [N] float, the cosine between the vectors of the two faces of each pair.
       clarity: [N] float, the clarity of the better face of each pair, see `align.measure_clarity`.
         For unclear faces, a smaller distance is enough for True.

@@ -96,7 +96,7 @@ def _average_different(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _describe(
     average: Callable[[np.ndarray, np.ndarray], np.ndarray], means: np.ndarray, squares: np.ndarray
 ) -> Spread:
-    """Returns the mean and the standard deviation of cosines, with bootstrap intervals.
+    """Returns the mean and standard deviation of the cosines of clips, with bootstrap intervals.
 
     `average(x, weight)` averages x [P, P] over pairs of people, and returns [draws]. `weight`
     [draws, P] has the weights of P people in each draw of the bootstrap. `means` and `squares`

@@ -47,10 +47,10 @@ class DeepMEF(Identifier):
       branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of the first layer of f. The second layer has the width D.
       layer_form: form of the layers of f and of the other modalities.
-        published: Linear, BatchNorm, PReLU, dropout, but no dropout in the last layer of f and of
-          each other modality. Weights start as in Kaiming (He et al. 2015).
-        ours: Linear, PReLU, BatchNorm, dropout, but the last layer of f is only a linear map, which
-          starts at 0.
+        published: Linear, BatchNorm, PReLU, dropout. The last layer of f has no dropout. Neither
+          has the last layer of another modality. Weights start as in Kaiming (He et al. 2015).
+        ours: Linear, PReLU, BatchNorm, dropout. The last layer of f is a linear map that starts at
+          0.
       dropout_rate: dropout rate of all layers with dropout.
       modality_dropout_rate: see `Identifier`.
       logit_scale: factor on the cosines.
@@ -147,7 +147,7 @@ class DeepMEF(Identifier):
 
 
 class ChannelAttention(nn.Module):
-    """Adds to each frame of a clip a mixture of all frames of the clip. The mixture damps outliers.
+    """Adds to each frame of a clip a mixture of all frames of the clip. `form` chooses the formula.
 
     x [T, D] are the frames of a clip, y are the new frames, and A is the attention. theta, phi, g
     and out are linear maps with a bias. The map out and the factor gamma start at 0, so at first y
@@ -171,7 +171,7 @@ class ChannelAttention(nn.Module):
 
     Attributes:
       norm: only for `channels`. If True, maps have no bias, and BatchNorm follows theta, phi and
-        out. theta and phi start at 0 and have no gradient there, so all entries of A stay equal.
+        out. theta and phi start at 0, too, and have no gradient: all entries of A stay equal.
 
     Source: the code of DANet (Fu et al., CVPR 2019, whose article takes the softmax of E), and
     channel_attention_layer.py of DeepMEF (3rd place in the iQIYI challenge 2019). Masks of padding
@@ -212,8 +212,7 @@ class ChannelAttention(nn.Module):
     def _mix_by_energy(self, x: Array, mask: Array) -> Array:
         """Returns, for each frame, a weighted mean of all frames of its clip, [B, T, D].
 
-        The weights are a softmax over the frames of the clip. Its inputs are the negative inner
-        products of the frame and the frames of the clip (energies in DANet).
+        The weights of the frames s for the frame t are a softmax over -x_t . x_s.
         """
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)
@@ -225,8 +224,8 @@ class ChannelAttention(nn.Module):
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
         """Mixes the frames of each clip by the linear maps theta, phi, g and out (see the class).
 
-        `rows` and the result are [B, T, D], or [B, D, T] for the form `channels`. `mask` [B, T] is
-        True for real frames.
+        `rows` and the result are [B, T, D], or [B, D, T] if `self.form` is `channels`. `mask` is
+        [B, T], True for real frames.
         """
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
@@ -258,8 +257,8 @@ class AttentionAggregation(nn.Module):
 
     The query starts at 0, so the pooled vector starts as the mean frame.
 
-    Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. The input `mask`,
-    which excludes padding, is not published.
+    Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. We added the input
+    `mask`, which excludes padding.
     """
 
     @nn.compact

@@ -51,12 +51,12 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
 
-    Source: four systems of the iQIYI challenges, each with one modality. Modality dropout is ours.
+    Source: four systems of the iQIYI challenges. We added several modalities, and their dropout.
 
-        mlp:                    "quality fusion" (4th place 2019), faces
-        residual:               "Residual Dense Net" (2nd place 2019), faces
-        linear layer, cosine:   "noise classes" (5th place 2018), faces
-        block, cosine:          "DeepMEF" (3rd place 2019), scene
+        mlp:                                   "quality fusion" (4th place 2019), faces
+        residual:                              "Residual Dense Net" (2nd place 2019), faces
+        mlp of one linear layer, cosine head:  "noise classes" (5th place 2018), faces
+        block, cosine head:                    "DeepMEF" (3rd place 2019), scene
     """
 
     modalities: Mapping[str, int]
@@ -230,7 +230,7 @@ class CosineIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits [B, 1, 1 + C], the embedding z, and the learned scale s.
+        """Computes the logits [B, 1, num_classes], the embedding z, and the learned scale s.
 
         Without dropout the logits lie in [-s, s]. The logits of clips without frames are 0.
         """
@@ -289,11 +289,11 @@ class NeighbourIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits [B, 1, 1 + C]: `logit_scale` x the cosine to the nearest clip.
+        """Computes the logits, [B, 1, num_classes], and the embedding, which is the mean frame.
 
-        The cosine is -2 for a class without a training clip, and for a clip without a frame. The
-        embedding is the mean frame. Training stores the clips in the rows `clips.index` of
-        `memory`, and returns logits of 0.
+        A logit is `logit_scale` times the cosine to the nearest training clip of the class. If the
+        class has no training clip, or the clip has no frame, -2 replaces the cosine. In training,
+        clips are stored in the rows `clips.index` of `memory`, and all logits are 0.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]

@@ -45,7 +45,7 @@ class FallbackIdentifier(Identifier):
     1 % of clips of the lowest quality. In the code of DeepMEF, `missing_scale` is 0.95, and below a
     norm of 8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the face features in
     the iQIYI challenge. Residual Dense Net (2nd place 2019) uses only the body for clips without a
-    face. A common run of the models, and a threshold from the training clips, are ours.
+    face. The training of both models in one run, and the fit of the threshold, are ours.
     """
 
     modalities: Mapping[str, int]
@@ -79,7 +79,7 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': {type(part).__name__} cannot be the model 'main' or 'other'"
+                    f"model 'fallback': {type(part).__name__} cannot be its model 'main' or 'other'"
                     "\nchoose a network instead, or train this model in a separate run, and blend "
                     "both runs with vidjax evaluate --runs"
                 )
@@ -91,12 +91,12 @@ class FallbackIdentifier(Identifier):
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The factor on the cosines in the logits of `main` and `other`."""
+        """The factor on the cosines in the logits, equal for both models, `main` and `other`."""
         return self.main.logit_scale
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Names of the vectors in the attention of `main`, or of `other` if `main` has none."""
+        """The `vector_names` of `main`, or of `other` if `main` has no attention."""
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
@@ -127,18 +127,18 @@ class FallbackIdentifier(Identifier):
     ) -> Mapping[str, Any]:
         """Returns the attributes `spec` of the model with the threshold that `prepare` computed.
 
-        `prepared` is the result of `prepare`. If `spec` sets a threshold, or sets no
-        `threshold_share`, `spec` is returned unchanged.
+        `prepared` is the result of `prepare`, and is used only if `spec` has a `threshold_share`
+        and no `threshold`.
         """
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the mean `self.measure` of the frames of B clips in `self.modality`, [B] float32.
+        """Returns the mean norm or quality of the frames of B clips, [B] float32, see `measure`.
 
-        `frames` is modality -> Frames [B, T]. Returns None if `threshold` is 0, because then the
-        measure has no effect.
+        `frames` is modality -> Frames [B, T]. Only `self.modality` is measured. Returns None if
+        `threshold` is 0, because then the measure has no effect.
         """
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 

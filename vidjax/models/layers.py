@@ -115,7 +115,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Computes x [B, D] @ kernel [D, K] like `matmul`. Gradients are also multiplied in `dtype`."""
+    """Computes x [B, D] @ kernel [D, K] like `matmul`. The backward pass multiplies in `dtype`."""
     # Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
     return matmul(x, kernel, dtype)
 
@@ -217,8 +217,7 @@ class DenseLayer(nn.Module):
       kernel_init: initialiser of the weights, by default Xavier-uniform. Biases start at 0.
 
     Source: the system "quality fusion" (4th place in the iQIYI challenge 2019). Its authors report
-    that BatchNorm before the activation is worse. Our BatchNorm has momentum 0.9, and skips padded
-    rows, where `mask` is False.
+    that BatchNorm before the activation is worse. Our BatchNorm has momentum 0.9 and skips padding.
     """
 
     width: int
@@ -260,7 +259,7 @@ class ResidualBlock(nn.Module):
       hidden_dim: width of the first layer; 0 means twice the width of x. The second layer has the
         width of x.
 
-    Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block.
+    Source: DeepMEF (3rd place 2019), authors' code, with this block before each classifier.
     Weights start as in Kaiming (He et al. 2015), biases at 0. We added the masks. They exclude
     padded rows from the batch statistics.
     """

@@ -43,8 +43,8 @@ class MultimodalIdentifier(Identifier):
       gamma: strength of the attention.
       fill_missing: if True, as published, attention fills the vectors of a missing modality with
         gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
-      joined: `concat`, as published, to classify all vectors of the feature map side by side;
-        `mean` to classify the mean of the vectors that a clip has.
+      joined: input of the classifier: `concat` (all vectors of the feature map side by side, as
+        published) or `mean` (the mean of the vectors that a clip has).
       unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
         map, to length 1 (not in the paper). Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps, so that the length of features does not count.
@@ -55,9 +55,9 @@ class MultimodalIdentifier(Identifier):
         length 1 before dropout.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
-    are: three maps for the three face vectors, K, the linear classifier, no activation after the
-    maps, `feature_scale`. We added masks of missing modalities, LayerNorm after the maps, modality
-    dropout, and the cosine head.
+    are: three maps for the three face vectors, the value of K, the linear classifier, no activation
+    after the maps, the factor `feature_scale` on features. We added masks of missing modalities,
+    LayerNorm after the maps, modality dropout, and the cosine head.
     """
 
     modalities: Mapping[str, int]
@@ -169,9 +169,8 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of a clip a mean of all vectors of the clip, weighted by correlation.
 
-    The new vectors are X + gamma X Y. The columns of X [D, M] are the vectors of a clip. Y [M, M]
-    is the attention: Y[i, j] is the weight of vector i in the new vector j. In the arrays of
-    `__call__`, the vectors are rows: [B, M, D].
+    The vector x_j becomes x_j + gamma sum_i Y[i, j] x_i. Y [M, M] is the attention between the M
+    vectors of the clip.
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.
@@ -182,8 +181,8 @@ class MultimodalAttention(nn.Module):
       fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
         of the vectors that exist. If False (not in the paper), it is 0.
 
-    Source: iQIYI-VID paper, equations 1-3. Deliberate difference: a missing vector has no weight in
-    the softmax. In the paper, a vector of zeros has the score 0, and so a weight above 0.
+    Source: iQIYI-VID paper, equations 1-3. Our missing vectors have the weight 0. In the paper,
+    they have the score 0 in the softmax, and so a weight above 0.
     """
 
     dim: int = 64
@@ -194,10 +193,10 @@ class MultimodalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Computes the new vectors and the attention Y.
+        """Computes new vectors of B clips, and the attention Y between the vectors of a clip.
 
         Args:
-          x: [B, M, D] float, 0 for missing vectors.
+          x: [B, M, D] float, M vectors of each clip; 0 for missing vectors.
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:

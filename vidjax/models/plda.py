@@ -30,10 +30,10 @@ Scale = Annotated[float, Meta(gt=0)]
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip starts as the mean of its frames, scaled to length 1. Then the mean of all
-    clips, times `centred`, is subtracted. The result is scaled to length 1 again. Training passes
-    over the clips twice. The first pass sums the vectors, for the mean. The second pass sums the
-    centred vectors. From these sums, `finalise_state` computes the coefficients that score clips.
+    The vector of a clip starts as the mean of its frames, scaled to length 1. Then the share
+    `centred` of the mean of all clips is subtracted. The result is scaled to length 1 again.
+    Training passes over the clips twice. The first pass sums the vectors, for the mean. The second
+    pass sums the centred vectors. `finalise_state` turns these sums into coefficients.
 
     Attributes:
       within, between, scale, unenrolled, stranger: see `Settings`. Each is a number, a tuple with
@@ -61,7 +61,7 @@ class PLDAIdentifier(Identifier):
     def settings(self, member: int = 0) -> Settings:
         """Returns the settings of PLDA for member number `member` of an ensemble.
 
-        Raises UserError if a setting is None, because the model is not trained.
+        Raises UserError if a setting is None, as in a model that is not trained.
         """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
@@ -107,10 +107,10 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Centres the vectors of B clips. Returns unit vectors, [B, D] for each modality.
+        """Subtracts the mean of clips, times `share`, from vectors, and scales them to length 1.
 
-        `vectors` is modality -> [B, D]. `share` x the mean in the collection `sums` is subtracted.
-        If `update` is True, the clips are added to `sums` first, see `_add`.
+        `vectors` is modality -> [B, D]. Returns [B, D] for each modality. The mean comes from the
+        collection `sums`. If `update` is True, the B clips are added to `sums` first, see `_add`.
         """
         # A batch may contain clips of two passes, and a clip more than once.
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
@@ -183,11 +183,11 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Returns the sums `part` of a modality plus the vectors x [B, D] of B clips.
+    """Returns `part`, the sums of a modality, plus the vectors `x` [B, D] of B clips.
 
-    `turn` [B] is how often the training has seen each clip before. At the first time, a clip counts
-    for the mean vector. At the second time, it counts for the sums of its person, after `share` x
-    the mean vector is subtracted. Later, it is ignored.
+    `turn` [B] is the pass in which a clip occurs. In pass 0, its vector is added to the sum for the
+    mean of all clips. In pass 1, the mean, times `share`, is subtracted from the vector, which is
+    scaled to length 1 and added to the sums of its person. Later passes change nothing.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
@@ -216,7 +216,7 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
-    """Computes `share` x the mean vector of clips, [D], from their sum and number in `part`."""
+    """Computes `share` times the mean of all clips, [D], from `part`, the sums of a modality."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 

@@ -2,14 +2,14 @@
 
 The fit imitates later use in FOLDS folds of the training clips. Some clips are held out and scored.
 The other clips are enrolled, except all clips of random people (strangers). If there are several
-modalities, random people are enrolled without one of them. The fit has three steps:
+modalities, random people are enrolled without one of them. The fit has four steps:
 
-- `within` and `between` maximise the mean of MAP and of AUROC of known clips against strangers.
-- `scale`, `unenrolled` and `stranger` maximise the probability of the right answers, with half of
-  the weight on strangers, and a Gaussian prior. So probabilities are calibrated.
-- `stranger` is fitted again, with only one enrolled clip for half of the people. If there are few
-  people, and for galleries, `stranger` is also fitted on people whose clips the covariances were
-  not estimated from.
+1. `within` and `between` maximise MAP plus AUROC (of clips of known people against strangers).
+2. `scale`, `unenrolled` and `stranger` maximise the probability of the right answers, with half of
+   the weight on strangers, and a Gaussian prior. So probabilities are calibrated.
+3. `stranger` is fitted again, with only one enrolled clip for half of the people.
+4. Covariances of few people, or of a gallery, are not exact. So `stranger` is corrected by a fit
+   to people who are left out of the covariances.
 
 If too few people have two clips, the settings keep typical values, and the user gets a message.
 The settings of a net of an ensemble are fitted on the training clips of this net. `TaskSpec` and
@@ -165,9 +165,9 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Chooses clips with labels above 0, on which the settings of PLDA are fitted, [N] bool.
 
-    If at most MAX_FITTED_CLIPS clips have such labels, all of them are chosen. Otherwise, draws
-    identities, and at most MAX_CLIPS_OF_A_PERSON clips of each. Up to FEWEST_PEOPLE identities with
-    several clips are drawn first.
+    If there are too many, draws identities at random, until they have MAX_FITTED_CLIPS clips. At
+    most MAX_CLIPS_OF_A_PERSON clips of an identity are drawn. The first FEWEST_PEOPLE identities
+    are drawn from those that have several clips.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -206,8 +206,8 @@ def fit_settings(
       labels: [N] int, the person in each clip, 1 or more.
       given: name -> value of settings that are not fitted.
       enrolled: like `vectors`, but used when a clip is enrolled. The default is `vectors`.
-      least_within: see `two_covariance.covariances`. If it is above 0, similar clips of a person
-        count as fewer clips, as in a gallery.
+      least_within: see `two_covariance.covariances`; above 0 only for a gallery. Then similar clips
+        of a person count as fewer clips.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -259,10 +259,10 @@ def fit_settings(
 
 
 def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
-    """Corrects `settings.stranger` for people from whose clips no covariances were estimated.
+    """Fits `settings.stranger` again, to people who were left out of the covariances.
 
-    `ratios` are the log-likelihood ratios of such people. `width` is the dimension of the vectors,
-    averaged over the modalities.
+    `ratios` are the log-likelihood ratios of these people. The smaller `settings.scale` is, the
+    less `stranger` changes. `width`, the mean dimension of the vectors, gives a typical scale.
     """
     # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
     # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
@@ -294,13 +294,14 @@ def _hold_out(
 ) -> _Fold | None:
     """Divides clips into enrolled clips and held-out clips, for fold `number` of the fit.
 
-    If `later` is False, random people are strangers without an enrolled clip, and the covariances
-    are estimated from the enrolled clips. If `later` is True, the fold imitates enrolment after the
-    training: the covariances are estimated from people whose clips are not in the fold.
+        later=False:  Covariances are estimated from the enrolled clips. Random people are strangers
+                      without an enrolled clip.
+        later=True:   Covariances are estimated from people outside the fold, as if the people of
+                      the fold were enrolled after the training. No strangers are drawn.
 
-    `vectors` and `enrolled_vectors` are modality -> [N, D], to score and to enrol clips. Returns
-    None if the fold cannot be used, for example if no held-out clip shows an enrolled person. For
-    `least_within`, see `two_covariance.covariances`.
+    `vectors` is modality -> [N, D]. `enrolled_vectors` is the same, but for clips that are
+    enrolled. Returns None if the fold is of no use, for example if no held-out clip shows an
+    enrolled person. For `least_within`, see `two_covariance.covariances`.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -364,9 +365,9 @@ def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _add_strangers(part: "_Ratios") -> "_Ratios":
-    """Returns `part` with each held-out clip added again, as the clip of a stranger.
+    """Returns `part` with a copy of each held-out clip, which counts as the clip of a stranger.
 
-    In the added row, the log-likelihood ratio of the right person is NEVER, a very low value, as if
+    In the copies, the log-likelihood ratio of the right person is NEVER, a very low value, as if
     the person were not enrolled.
     """
     labels = part.labels[:, None]
@@ -391,8 +392,7 @@ class _Ratios(NamedTuple):
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     """Computes the log-likelihood ratios between the held-out clips of a fold and the classes.
 
-    `within` and `between` are the shares of the covariances that are replaced by multiples of the
-    identity matrix.
+    `within` and `between` are shares of shrinkage, see `two_covariance.make_space`.
     """
     parts = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
@@ -416,10 +416,9 @@ def _stack_ratios(parts: Sequence[tuple[Space, Enrolled, Array]]) -> Array:
 def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.ndarray:
     """Changes the vectors of held-out clips as if the clips were from other days.
 
-    Clips of a person from one day share a part of their noise. In the held-out clips `vectors`
-    [Q, D], this part is replaced by other noise. Returns [Q, D].
-
-    `shared`, from 0 to 1, is the share of this part in the variance of the noise.
+    A part of the noise is common to all clips of a person from one day. `shared`, from 0 to 1, is
+    the share of the common part in the variance of the noise. In the held-out clips `vectors`
+    [Q, D], the common part is replaced by other noise. Returns [Q, D].
     """
     # The coordinates z = y + g + e of a clip have the variances psi, r and 1 - r. The coordinates
     # of other clips of the person contain y + g. We need y + g' + e'. The linear predictor of y
@@ -456,7 +455,7 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger` by maximum a posteriori.
+    """Fits `scale`, `unenrolled` and `stranger` (see `Settings`) by maximum a posteriori.
 
     `parts` are the ratios and right answers of each fold. `values`, name -> value of all settings,
     are the start of the fit and the mean of the prior. Settings in `given` are not fitted.
@@ -482,7 +481,7 @@ def _fit(
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Averages the mean cross-entropy of clips of known people and that of clips of strangers.
+    """Computes the mean cross-entropy of clips, with half of the weight on clips of strangers.
 
     `point` is [3]: log(scale), `unenrolled` and `stranger`, see `Settings`.
     """

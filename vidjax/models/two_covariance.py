@@ -131,9 +131,9 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
     """Estimates the covariances W within classes and B between classes from at least one clip.
 
-    The estimates are shrunk towards typical covariances, which have the weight of PRIOR clips in W,
-    and of PRIOR people in B. `least_within` is the smallest trace of W, as a share of the mean
-    squared length of the vectors. A smaller W is scaled up, and B becomes smaller.
+    The estimates are shrunk towards typical covariances, which count like 10 clips (PRIOR) in W and
+    like 10 people in B. `least_within` is the smallest trace of W, as a share of the mean squared
+    length of the vectors. A smaller W is scaled up. So B, the rest of the variance, is smaller.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -189,7 +189,7 @@ def compute_within(space: Space) -> float:
 def count_independent(
     within: float, count: np.ndarray, total: np.ndarray, most: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns each person's number of clips, reduced if the clips are not independent, [K] int.
+    """Returns the effective number of independent clips of each of K people, [K] int.
 
     Args:
       within: the variance of the clips of a person, see `compute_within`.
@@ -224,7 +224,7 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Computes the coefficients that score clips against K classes, as `enrol` does.
+    """Computes the coefficients that `enrol` returns, from coordinates instead of vectors.
 
     Each class has `count` [K] clips, whose coordinates (see `Space`) add up to `sums` [K, D].
     """
@@ -249,7 +249,7 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
 def pair_log_ratios(
     space: Space, x: np.ndarray, noise: np.ndarray, y: np.ndarray, other: np.ndarray
 ) -> np.ndarray:
-    """Computes whether two groups of clips show the same person, as log-likelihood ratios [...].
+    """Computes log-likelihood ratios [...] that two groups of clips show the same person.
 
     A ratio is log(p(clips | the same person) / p(clips | two people)). `x` and `y` [..., D] are the
     mean coordinates (see `Space`) of the first and the second group. `noise` and `other` [...] are
@@ -264,7 +264,7 @@ def pair_log_ratios(
 
 
 def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Computes whether pairs of clips show the same person, as log-likelihood ratios [n, m].
+    """Computes log-likelihood ratios [n, m] that two clips show the same person.
 
     `x` [n, D] and `y` [m, D] are the coordinates of clips, see `Space`. Each clip of `x` is
     compared with each clip of `y`. `ratio` [D] is `Space.ratio`.
@@ -300,8 +300,8 @@ class Settings(NamedTuple):
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
     """Fits PLDA to the clips of a modality.
 
-    `part` has the fields of `Sums`, name -> array. Of `settings`, only `within` and `between` are
-    used. For `least_within`, see `covariances`.
+    `part` has the sums over the clips, field of `Sums` -> array. Of `settings`, only `within` and
+    `between` are used. For `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)

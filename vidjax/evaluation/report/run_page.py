@@ -281,7 +281,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns a histogram of average precisions and the worst identities, or None without MAP."""
+    """Returns a histogram and the lowest of the average precisions, or None if there is no MAP."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -364,7 +364,7 @@ def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns tables of confused identities and suspected labels, or None if the run has no MAP."""
+    """Returns tables of confused identities and doubtful labels, or None if the run has no MAP."""
     pairs, suspects = run.analysis.pairs, run.analysis.suspects
     if pairs is None:
         return None
@@ -575,7 +575,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes `report.html` for `eval.split`, and a page for each other split with an analysis.
+    """Writes `report.html` for `eval.split`, and a page for each other split that has an analysis.
 
     Returns the path of `report.html`.
     """
