@@ -40,7 +40,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class MemberConstants(NamedTuple):
-    """Constants of the training of E members, the nets of an ensemble."""
+    """Arrays that stay the same in all training steps of E members, the nets of an ensemble."""
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
@@ -48,7 +48,7 @@ class MemberConstants(NamedTuple):
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
-    """Returns the constants of the training of E members, the nets of an ensemble.
+    """Returns arrays that stay the same in all training steps of E members (nets of an ensemble).
 
     `weight` [E, N] float is the weight of each of N training clips in the loss of each member.
     """
