@@ -367,7 +367,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints, except those that the module lists, or with files of the user."""
+    """Deletes checkpoints, except the three that the module lists, and folders with other files."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

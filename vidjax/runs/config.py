@@ -528,7 +528,7 @@ def affects(name: str) -> Affects:
 
 
 def changes_scores(name: str) -> bool:
-    """Returns True if the configuration field `name` may change the scores of a trained run."""
+    """Returns True if a new value of `config.<name>` may change the scores of a trained run."""
     return name not in PATHS and bool(affects(name) & (SCORES | CHECKPOINT))
 
 

@@ -89,7 +89,7 @@ class RunFolder:
         `config` is the configuration of the blend, by default of this folder. The runs are:
 
         - if the user has chosen runs: `config.join.runs`.
-        - otherwise, if `final` is True: the runs trained on all clips, if all of them exist.
+        - otherwise, if `final` is True and all exist: the runs trained on all clips.
         - otherwise: the runs trained in folds (cross-validation).
         """
         config = config or self._config

@@ -168,7 +168,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`: clips and identities of each split, counted."""
+    """The content of `data_report.json`: numbers of clips, frames and labels of each split."""
 
     splits: dict[str, dict[str, Any]] = {}  # split -> key -> value
 
