@@ -93,7 +93,7 @@ def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_
         assert path.read_bytes() == b"".join(lines[: len(complete)]), cut
     # Other damaged lines are removed, too. The warning omits line 5, because a kill can cut it.
     path.write_bytes(lines[0] + b"\x00\xff\x00\n7\n" + lines[1] + b'{"st')
-    with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
+    with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: line 2, 3"):
         truncate_log(path, 9)
     assert path.read_bytes() == lines[0] + lines[1]
 

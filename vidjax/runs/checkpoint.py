@@ -7,9 +7,9 @@ entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when th
 complete. A checkpoint is not used if a file differs from the manifest, if `state` has other files,
 or if a path contains a link.
 
-At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
-evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
-before the latest is kept. Other files in `checkpoints/` are not changed.
+The latest checkpoint is kept. Of all earlier checkpoints, at most two are kept: the best by MAP and
+the newest that was evaluated (if none was evaluated, the newest). Other files in `checkpoints/` are
+not changed.
 
 `training.Checkpointer` of Orbax is not used, because this class renames a step before the manifest
 exists. The class also needs the MAP when a step is saved, but vidjax evaluates a step after saving.
@@ -58,15 +58,14 @@ class Checkpoint(NamedTuple):
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint of a run, and deletes earlier checkpoints.
+    """Saves a checkpoint of a run, and deletes all earlier checkpoints except one or two.
 
-    Three checkpoints stay: the latest, the best by MAP, and the last evaluated one before the
-    latest. If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
+    If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
 
     Args:
       workdir: the folder of the run.
       step: the number of finished training steps.
-      items: name -> tree of arrays, or a JSON value for a name in LISTS.
+      items: name -> tree of arrays, or, for `identities` and `members`, JSON value.
       info: name -> JSON value for `manifest.json`. The best checkpoint has the highest `map`.
     """
     folder = workdir / "checkpoints" / str(step)
@@ -203,10 +202,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 
 
 def explain_lost(workdir: Path) -> str:
-    """Explains why a run has no checkpoint: returns a message that its checkpoints were lost.
-
-    Returns "" if the logs of the run show that no checkpoint was ever saved.
-    """
+    """Returns a message that the checkpoints of a run were lost, or "" if none was ever saved."""
     path, step = workdir / "metrics.json", results.find_last_saved(workdir)
     if not step and files.exists(path):
         step = json_files.read(path, schemas.Metrics, results.REMEDY).step or 0
@@ -371,11 +367,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints of a run except three.
-
-    These are the latest, the best by MAP, and the last evaluated one before the latest. Folders
-    that contain other files stay, too.
-    """
+    """Deletes checkpoints, except the three that the module lists, and folders with other files."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -63,8 +63,8 @@ class Field(NamedTuple):
       default: the default value. Its type is the type of the field. If it is None, the field is a
         text.
       doc: the meaning, as `configs/README.md` shows it.
-      low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
-        None, the value has no upper bound, but must be finite.
+      low, high, above, below: the range: low <= value <= high, above < value < below. None
+        means no limit, but if `high` is None, the value must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
       affects: what depends on the value. For a path, what depends on the content of the files.
@@ -521,14 +521,14 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def affects(name: str) -> Affects:
-    """Returns what a change of the field `name` affects, also for fields of models and fusions."""
+    """Returns what a change of the configuration field `name` affects, such as TRAINING."""
     if name in FIELDS:
         return FIELDS[name].affects
     return TRAINING if re.match(r"fusion\.[^.]+\.train\b", name) else TRAINING | SCORES
 
 
 def changes_scores(name: str) -> bool:
-    """Returns True if another value of the field may change the scores of a trained run."""
+    """Returns True if a new value of `config.<name>` may change the scores of a trained run."""
     return name not in PATHS and bool(affects(name) & (SCORES | CHECKPOINT))
 
 

@@ -65,10 +65,10 @@ def load_file(spec: str) -> Config:
 def load_system(config: Config, spec: str, *, final: bool) -> Config:
     """Returns the configuration with which one system of a blend is trained.
 
-    `spec`, an item of `config.join.systems`, names the configuration file, such as `cosine:face`.
-    The seed, the folds to train, and values of `data` that differ from the defaults are taken from
-    `config`, the configuration of the blend. If `final` is True, the folds are left out: the system
-    is trained on all clips.
+    `spec`, an item of `config.join.systems`, is a configuration with arguments: `cosine:face` is
+    `configs/cosine.py` with the argument `face`. The seed and the changed values of `data` are
+    taken from `config`, the configuration of the blend. If `final` is True, the system is trained
+    on all clips. If `final` is False, it is trained in the folds of `config` (cross-validation).
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(
@@ -90,7 +90,7 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
     """Returns a phrase such as "has no field config.seed", or "" if no field is wrong.
 
-    `values` is dotted name -> value, such as "data.dir" -> "data". The phrase is about the first
+    `values` is dotted name -> value, such as "data.dir" -> "/films". The phrase is about the first
     field that is missing or has a wrong type.
     """
     for name, default in DEFAULTS.items():
@@ -154,8 +154,7 @@ def load_module(path: Path) -> ModuleType:
 def execute(path: Path) -> ModuleType:
     """Executes a configuration file, and returns it as a module.
 
-    Adds the path of the file to the list `own_files` if the file is not in the folder of vidjax's
-    configurations, or if it defines functions that are not in SHIPPED_FUNCTIONS.
+    If the file may contain code of a user, its path is added to the list `own_files`.
     """
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)

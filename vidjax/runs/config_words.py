@@ -1,4 +1,4 @@
-"""Reads ARGS of `--config=FILE:ARGS`: words, such as `iqiyi_vid`, and names of modalities."""
+"""Reads ARGS of `--config=FILE:ARGS`: options, such as a dataset, and names of modalities."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,8 +21,8 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of `config` from the arguments in `--config=FILE:ARGS`.
 
     `words` are these arguments, such as `iqiyi_vid`. Words that do not concern the data are
-    ignored. Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two
-    words exclude each other.
+    ignored. Returns True if the data are the whole dataset iQIYI-VID. Raises UserError if two words
+    exclude each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: write only one")
@@ -57,7 +57,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
             raise UserError(f"--config: '{word}': separate arguments by commas: write '{commas}'")
         if word == "published":  # looks like a modality, but is an argument of other files
             raise UserError(
-                "--config: this file has no argument 'published': leave it out\n"
+                "--config: the file has no argument 'published': leave it out\n"
                 f"its arguments are {', '.join(known)}, and names of modalities"
             )
         if words.count(word) > 1:
@@ -68,7 +68,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word in `names`, or `default`. Raises UserError if two words are in `names`."""
+    """Returns the item of `words` that is in `names`, or `default`. Two items raise UserError."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -87,10 +87,10 @@ def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, 
 
 
 def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
-    """Changes `config` to the values in the publication that describes the system.
+    """Sets the values of `config` that the publication about a system contains.
 
     `file` is the path of a configuration file, such as `configs/mma.py`, and `words` are its
-    arguments. The function `follow` in `configs/published/mma.py` changes the values.
+    arguments. The values are in the function `follow` of `configs/published/mma.py`.
     """
     path = Path(file).parent / "published" / Path(file).name
     if not path.exists():

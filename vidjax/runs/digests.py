@@ -88,11 +88,10 @@ def check_data(
 ) -> None:
     """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
-    `own` has the digests of the splits that the run has read. What must be unchanged:
-
-    - `trains` True: all splits in `own`, and the file `config.data.weights`.
-    - `trains` False: the split `eval.split`. If it is not in `own`: at least one split in `own`,
-      or nothing if the user has given the folder of the data (`named` True).
+    `own` has the digests of the splits that the run has read. If `trains` is True, all splits and
+    the file `config.data.weights` must be unchanged. If `trains` is False, only `eval.split` must
+    be unchanged. If `own` has no digest of `eval.split`, one unchanged split suffices, and nothing
+    is checked if `named` is True (the user has given the folder of the data).
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

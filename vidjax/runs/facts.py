@@ -18,13 +18,13 @@ Epochs = list[tuple[Whole, float]]
 
 
 def describe_epochs(epochs: Epochs) -> str:
-    """Describes how `config.num_epochs` of a run has changed, such as "5, 8 from step 15"."""
+    """Returns "5, 8 from step 15" if `config.num_epochs` changed from 5 to 8 at step 15."""
     (_, first), *later = epochs
     return f"{first:g}" + "".join(f", {number:g} from step {step:,}" for step, number in later)
 
 
 class Source(Struct, kw_only=True):
-    """The run whose weights a training started with."""
+    """The run from which another run took its first weights (`config.init_from`)."""
 
     run: Text  # its folder
     step: Whole
@@ -55,7 +55,7 @@ class EarlyStop(Struct, kw_only=True):
 
 
 class Fact(Struct, frozen=True, kw_only=True):
-    """A kind of fact about a training, such as early stopping, and how it is described."""
+    """An entry of `metrics.json` about the training, such as `early_stop`, and how it is shown."""
 
     key: str  # of its entry in manifests and in `metrics.json`
     kind: Any  # the type of the value
@@ -114,8 +114,8 @@ def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str,
     """Converts facts about a training to entries of `manifest.json` or `metrics.json`.
 
     `values` is key -> value, as `read_facts` returns. Keys that are not in `FACTS` are ignored. If
-    `only` is True, converts only facts that a later evaluation keeps. If `only` is False, converts
-    only facts that a later evaluation replaces. Returns key -> JSON value.
+    `only` is True or False, converts only facts with this value of `Fact.is_kept`. Returns key ->
+    JSON value.
     """
     chosen = (fact.key for fact in FACTS if values.get(fact.key) and only in (None, fact.is_kept))
     return {key: msgspec.to_builtins(values[key]) for key in chosen}
@@ -127,7 +127,7 @@ def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns sentences about the facts of a run, for a comparison of runs.
+    """Returns sentences for a comparison, such as "Extended: the number of epochs of RUN is ...".
 
     `run` is the name of the run. `values` is the content of its `metrics.json`.
     """

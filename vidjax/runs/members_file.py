@@ -61,7 +61,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
-        raise CheckpointError(f"'{saved.folder}': its training clips have a wrong shape\n{REMEDY}")
+        raise CheckpointError(f"'{saved.folder}': its list of training clips is wrong\n{REMEDY}")
     return identities, sets
 
 
@@ -93,7 +93,7 @@ def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
 
 
 def write_copies(folder: Path, identities: Sequence[str], training_sets: TrainingSets) -> None:
-    """Writes `identities.json` and `members.npz` to the folder of a run."""
+    """Copies lists that are also in checkpoints to `identities.json` and `members.npz` of a run."""
     files.write_json(folder / IDENTITIES, list(identities))
     texts = {"members": json.dumps(training_sets.members), "clips": "\n".join(training_sets.clips)}
     arrays: Any = {name: np.frombuffer(x.encode(), np.uint8) for name, x in texts.items()}

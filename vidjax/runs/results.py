@@ -143,10 +143,10 @@ def describe_copies(metrics: Mapping[str, Any]) -> str:
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Returns a reason and a remedy if a run has no MAP because it was trained on every split.
+    """Returns why a run has no MAP, and a remedy, if it was trained on all splits with labels.
 
-    Splits without ground truth do not count. In all other cases, returns "", for example if the
-    nets of an ensemble left out training clips (`config.ensemble.folds`).
+    Otherwise, returns "". With `config.ensemble.folds`, each net can be measured on the training
+    clips that it left out, so the result is "", too.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -253,7 +253,7 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
         return
     if damaged := [number for number in damaged if number < len(lines)]:
         numbers = messages.list_some([*map(str, damaged)])
-        warn(f"damaged lines are removed from '{path}': {numbers}")
+        warn(f"damaged lines are removed from '{path}': line {numbers}")
     with files.atomic_file(path) as file:
         file.writelines(kept)
 
@@ -290,7 +290,7 @@ class Logs:
     If several processes train the run, only the first process writes. The arguments are:
     - `step`: the last finished step of a resumed run. Later lines are removed, and TensorBoard
       hides later entries. If `step` is 0, the run begins, and earlier logs get other names.
-    - `evaluated`: True if `step` was evaluated.
+    - `evaluated`: if False, the log line of an evaluation at `step` is removed, too.
     - `log`: a function that gets each line of `metrics.jsonl` as a dict, after it is written.
     - `config`: TensorBoard shows the fields that differ from their defaults.
     """

@@ -88,9 +88,9 @@ class RunFolder:
 
         `config` is the configuration of the blend, by default of this folder. The runs are:
 
-        - `config.join.runs`, if the user has chosen runs.
-        - the runs that `vidjax train` trained on all clips, if `final` is True and all exist.
-        - otherwise, the runs that `vidjax train` trained in folds (cross-validation).
+        - if the user has chosen runs: `config.join.runs`.
+        - otherwise, if `final` is True and all exist: the runs trained on all clips.
+        - otherwise: the runs trained in folds (cross-validation).
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -261,8 +261,8 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    `init_from` is the folder of the run whose weights the training started with. If this folder was
-    moved, `new` may contain the new path. The newest checkpoint in it, if any, must be unchanged.
+    `init_from` is the folder of the run whose weights the training started with. In `new`, it may
+    be another folder with the same newest checkpoint, or without checkpoints.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

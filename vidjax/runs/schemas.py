@@ -56,7 +56,7 @@ class DataDigests(Struct, kw_only=True):
 class Training(Entries, Struct, kw_only=True):
     """The entries of `metrics.json` that describe the training.
 
-    A later evaluation keeps these entries, except for `extended` (the changes of `num_epochs`).
+    A later evaluation replaces only `extended` (the changes of `num_epochs`).
     """
 
     date: Text | None = None  # UTC: end of the training
@@ -168,7 +168,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`: counts of each split, and whether it has labels."""
+    """The content of `data_report.json`: numbers of clips, frames and labels of each split."""
 
     splits: dict[str, dict[str, Any]] = {}  # split -> key -> value
 
@@ -279,7 +279,7 @@ class Analysis(Struct, kw_only=True, omit_defaults=True):
     - `score_known`, `score_strange`: histograms of the best scores of clips of known and of unknown
       people, with the bins `score_edges`.
     - `fpir`, `fnir`: false positive and false negative identification rate at each threshold.
-    - `attention`: [i, j] is the attention of vector j to vector i.
+    - `attention`: [i, j] is how much vector j of a clip attends to vector i, see `vectors`.
     - `calibration`: [bins, 3], the number of clips, mean confidence, and share of right answers.
     """
 

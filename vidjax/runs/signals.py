@@ -24,8 +24,8 @@ class Interruption:
     """Remembers the signal that asks a run to stop.
 
     Attributes:
-      signum: the number of the signal, or None. If several processes train the run, `agree` passes
-        the signal on to all of them.
+      signum: the number of the signal, or None. If several processes train the run, the method
+        `agree` sets `signum` in all of them.
       at_once: True while the process may end without saving, because no training would be lost.
     """
 

@@ -29,9 +29,9 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if `num_epochs` is too small, or a changed field has no effect on the model.
+    """Raises UserError if `num_epochs` is too small for the model, or a setting has no effect.
 
-    A model in closed form has no optimiser, so the fields of the optimiser have no effect.
+    A model in closed form has no optimiser, so fields of the optimiser must have their defaults.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
@@ -61,9 +61,9 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
     Builds the model without memory for its weights, and computes all metrics of four made-up clips.
     No features are read, and no device is used. If `data` is None, the modalities are found in the
-    names of the files of `config.data`. This takes a tenth of a second. If a configuration file of
-    a user was executed, or if `data` is given, JAX also traces a training step, because the step
-    may call functions of the user. This takes a second.
+    names of the files of `config.data`. If `data` is given, or if a configuration file of a user
+    was executed, JAX also traces a training step. With this step, the dry run takes a second,
+    without it a tenth of a second.
     """
     if config.join.systems:
         _dry_run_systems(config, data)

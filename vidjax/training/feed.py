@@ -86,7 +86,7 @@ class Feed(abc.ABC):
 class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
-    The devices store at most two batches. The seconds in `waited` are an estimate.
+    The devices store at most two batches. `waited`, the seconds without a batch, is an estimate.
     """
 
     mode = "streaming"
@@ -131,7 +131,7 @@ class ResidentFeed(Feed):
     def __init__(
         self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
     ):
-        """Makes a feed of the training steps from number `step` on.
+        """Makes a feed. Its first training step is step `step`.
 
         `clips` is modality -> all training clips, on the devices. `plan` decides which clips are in
         the batch of a step.

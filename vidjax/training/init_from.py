@@ -72,12 +72,12 @@ def load_state(
 
     An array fits if it has the same path and, except for the axis of the classes, the same shape.
     Along this axis, an identity gets the values of the identity with the same name in `source`. All
-    other values of the new run stay. Raises UserError if no matrix fits.
+    other values of the new run stay. Raises UserError if no array with two or more axes fits.
 
     Args:
       system: the system of the new run.
       config: the configuration of the new run.
-      identities: the identities of the new run. The first has class column 1.
+      identities: the identities of the new run, in the order of the class columns.
       state: the state of the new run at step 0.
 
     Returns:
@@ -107,7 +107,7 @@ def load_state(
     folder, step = source.folder.path, source.manifest["step"]
     if not num_matrices:
         raise UserError(
-            f"{FIELD}: no matrix of '{folder}' has the name and the shape of one in the new run\n"
+            f"{FIELD}: no weight matrix of '{folder}' fits into the model of the new run\n"
             f"the earlier run has the modalities {', '.join(source.task.modalities)}: choose the "
             "same --config.modalities and sizes of the model"
         )
@@ -160,9 +160,9 @@ def _load_array(
 
     Args:
       value: [E, ...], the array of the new run, of E nets.
-      wide: the shape that `value` would have with one more identity.
+      wide: the shape of `value` with one more identity, which shows the axis of the classes.
       old: the array of the other run with the same name, or None.
-      columns: [2, n] int, the result of `match_columns`.
+      columns: [2, n] int, new and old columns of common classes, from `match_columns`.
       width: the number of class columns of `old`.
 
     Returns:

@@ -28,11 +28,9 @@ def train_systems(
 ) -> dict[str, Any]:
     """Trains the systems `config.join.systems` in a folder, and joins their scores (a blend).
 
-    `train` (`public.train_run`) trains each system one or two times:
-
-    - in folds, to evaluate the blend on a training split: on `config.eval.split`, or, if it is no
-      training split, on the last training split. No net scores a clip that it was trained on.
-    - on all clips, if the blend is evaluated on a split without training clips, such as `test`.
+    `train` (`public.train_run`) trains each system in folds, to evaluate the blend on a training
+    split, on which no net scores a clip that it was trained on. If `config.eval.split` or `test`
+    has no training clips, `train` also trains each system on all clips, to evaluate this split.
 
     For `command` and `began`, see `public.train_run`. Returns the metrics on `config.eval.split`,
     name -> value.

@@ -158,7 +158,7 @@ class TrainingLoop:
         self._timing = self._run.log(self._logs)
 
     def _save(self) -> None:
-        """Saves a checkpoint before an evaluation, after a signal, or if it is time to save."""
+        """Saves a checkpoint if one is due: before an evaluation, after a signal, or regularly."""
         run, timing, self._timing = self._run, self._timing, {}
         asked = self._interruption.agree(save_due=time.monotonic() >= run.next_save)
         if asked or run.step in self._schedule["evaluate"]:
@@ -191,7 +191,7 @@ class TrainingLoop:
 def write_description(
     workdir: Path, config: Config, data: Dataset, training_sets: ensemble.TrainingSets
 ) -> None:
-    """Writes the configuration, identities, members and counts of clips to the folder of a run."""
+    """Writes the configuration, identities, nets and counts of clips to the folder of a run."""
     distributed.barrier()  # waits until all processes have read the old files
     if not distributed.is_first():
         return
@@ -216,7 +216,7 @@ class TrainingRun:
       config, workdir, plan, mesh: the arguments of `__init__`.
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      training_sets: the clips that each member was trained on, also in the run `config.init_from`.
+      training_sets: the training clips of each member, and of the run `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 
@@ -302,7 +302,7 @@ class TrainingRun:
         """Trains for about a second, at most to step `stop`.
 
         Returns the number of clips, and the last loss, averaged over nets. Raises UserError if
-        the loss or gradient of a member was not finite in three consecutive steps.
+        the loss or gradient of a net was not finite in three consecutive steps.
         """
         dispatched = time.monotonic()
         done = self._feed.advance(self._states, self._constants, self.step, stop - self.step)
@@ -359,10 +359,9 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes the labels of distractors (clips of unknown people) that are in no cluster.
+        """Moves distractors (clips of unknown people) that are in no cluster to other classes.
 
-        Each net of the ensemble gets new labels from its own predictions, see
-        `noise_classes.relabel`.
+        Each net chooses the classes by its own predictions, see `noise_classes.relabel`.
         """
         labels = self._compute_labels(self.state, self._clips)
         self._states = [
@@ -387,7 +386,7 @@ class TrainingRun:
 
     @property
     def is_stopped(self) -> bool:
-        """True if training ends early."""
+        """True if `check_progress` has decided that training ends early."""
         return "early_stop" in self._facts and self._facts["early_stop"].stopped
 
     def check_progress(self, evaluation: Evaluation) -> None:

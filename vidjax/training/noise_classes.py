@@ -81,8 +81,8 @@ def relabel(
     - `label`: if the label is a mirror class, and the prediction is an identity, the new label is
       the mirror class of this identity. All other labels stay.
     - `prediction`: if the prediction is an identity, the new label is the mirror class of this
-      identity. If the prediction is class 0 ("other"), the label stays. Otherwise, the prediction
-      is the new label.
+      identity. If the prediction is class 0 ("other"), the label stays. If the prediction is a
+      cluster or a mirror class, it is the new label.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

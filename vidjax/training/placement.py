@@ -1,4 +1,4 @@
-"""Chooses whether clips stay in the memory of the devices, and how many nets train together."""
+"""Chooses whether clips stay on the devices, and how many nets of an ensemble train together."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,10 @@ def compile_loop(
     plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     mode: str, group_size: int,
 ) -> tuple[jax.stages.Compiled, float]:  # fmt: skip
-    """Compiles the training loop of `group_size` members (nets), before clips are on the devices.
+    """Compiles the training loop of `group_size` members (nets). The clips are not needed yet.
 
     `layout` describes the clips that stay on the devices if `mode` is `resident`. `state` is the
-    state of all members, or its shapes.
+    state of the members of all groups, or its shapes.
 
     Returns:
       The compiled loop; and the number of bytes that a step needs on a device. The bytes include
@@ -118,7 +118,7 @@ def agree_on_placement(
     config: Config, plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     manifest: Mapping[str, Any],
 ) -> tuple[str, int, train_step.Loop]:  # fmt: skip
-    """Chooses the mode of the clips and the group size, and compiles the training loop.
+    """Chooses where the clips are and how many nets train together, and compiles the loop.
 
     Returns the mode (`resident` or `streaming`), the group size, which is the number of members
     (nets of an ensemble) that train together, and the compiled loop.

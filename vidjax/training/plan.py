@@ -50,7 +50,7 @@ class RunPlan(NamedTuple):
 
     @property
     def task(self) -> TaskSpec:
-        """The sizes of the training data."""
+        """The sizes of the training data, such as `num_clips`, that the model depends on."""
         return self.system.task
 
 
@@ -131,7 +131,7 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 def count_steps(config: Config, num_places: int) -> int:
     """Returns how many steps a run has, a multiple of `optim.accumulate`.
 
-    `num_places` is the number of rows in all batches of an epoch together.
+    `num_places` is the number of places for clips in all batches of an epoch.
     """
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
@@ -140,7 +140,7 @@ def count_steps(config: Config, num_places: int) -> int:
 def _check_plan(
     config: Config, data: Dataset, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if a net has no training clip, the data are unusable, or a batch is huge.
+    """Raises UserError if a net has no clip, data are unusable, or `batch_size` is too large.
 
     `weight` [E, N] is the weight of each training clip for each member (net) of the ensemble. If
     the data of an evaluated split are unusable, prints a warning.
@@ -208,8 +208,8 @@ def label_distractors(
         raise UserError(
             "config.data.distractors=noise needs clips without a label, but "
             f"all clips of {' and '.join(config.data.train_splits)} have a label\n"
-            "choose --config=configs/noise_classes.py:other,\n"
-            "or a system without noise classes, such as --config=configs/mma.py"
+            "choose the system without noise classes, --config=configs/noise_classes.py:other,\n"
+            "or another system, such as --config=configs/mma.py"
         )
     modality = config.noise.modality
     if modality not in data.modalities:
@@ -271,10 +271,10 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that changes the labels of distractors by the predictions of the nets.
+    """Returns a function that computes new classes of distractors (clips of unknown people).
 
-    Distractors are clips of unknown people. The function maps (state of all E members, source of
-    the clips) to the labels of all training clips, [E, N] int32. For the new labels, see
+    The function maps (state of all E nets, source of the clips) to [E, N] int32: for each net, the
+    classes of all N training clips. Only classes of distractors change, see
     `noise_classes.relabel`. All processes of the run must call the function together.
     """
     classes, system = plan.task.layout, plan.system
@@ -314,7 +314,7 @@ def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
 def make_training_clips(
     config: Config, data: Dataset, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns the training clips for `Identifier.prepare`, which models may use before training.
+    """Returns the training clips that the method `prepare` of a model may use before training.
 
     `labels` [N] are the classes of the clips. `used` [E, N] bool is True for the clips that each
     member of the ensemble is trained on.

@@ -1,4 +1,4 @@
-"""The functions of `import vidjax` about runs: load data, train, evaluate, compare and restore.
+"""Functions of the package `vidjax` for runs: load data, train, evaluate, compare and restore.
 
 The commands call `train_run`, `evaluate_run` and other functions of this module, too. JAX and
 TensorFlow are imported when a function is called.
@@ -84,7 +84,7 @@ def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
     runs = tuple(str(files.local(name).absolute()) for name in names)
     if len(runs) < 2:
         raise UserError(
-            f"--runs={','.join(names)}: a blend needs two runs; name two runs, --runs=A,B"
+            f"--runs={','.join(names)}: a blend needs at least two runs; name two runs, --runs=A,B"
         )
     if folder.has(CONFIG):
         earlier = folder.config
@@ -167,7 +167,7 @@ def load_data(
         features.
       cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
         `~/.cache/vidjax`.
-      quality: how the quality of a frame is measured, except in iQIYI-VID pickles. `given` uses
+      quality: how the quality of a frame is measured. iQIYI-VID pickles contain it. `given` uses
         `quality` or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the
         L2 norm. Use the same value as `config.data.quality` in training.
 

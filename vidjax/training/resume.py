@@ -52,10 +52,10 @@ def start(
 ) -> tuple[train_step.TrainState, ensemble.TrainingSets, dict[str, Any], dict[str, Any]]:
     """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
-    Returns four values: the state of all members (nets); the training clips of each member,
-    including the training clips of the run `config.init_from`; the content of `manifest.json` of
-    the restored checkpoint, or {}; and facts about the training, key -> value (see `facts.FACTS`).
-    Raises CheckpointError or UserError if the run cannot resume.
+    Returns (state, sets, manifest, facts): the state of all members (nets), the training clips of
+    each member and of the run `config.init_from`, the `manifest.json` of the checkpoint (or {}),
+    and facts about the training (see `facts.FACTS`). Raises CheckpointError or UserError if the run
+    cannot resume.
     """
     system, sets = plan.system, plan.training_sets
 
@@ -113,10 +113,9 @@ def start(
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
-    """Returns facts, such as `extended`, about a run that resumes with `num_epochs`: key -> value.
+    """Returns the values of `facts.FACTS` for a run that resumes with `num_epochs`, by their keys.
 
-    `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes. For
-    all keys, see `facts.FACTS`.
+    `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes.
     """
     known = facts.read_facts(manifest)
     if epochs := list_epochs(manifest, num_epochs):
@@ -164,6 +163,6 @@ def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping
         say(
             f"warning: config.num_epochs grows from {before} to {now}, but the first {step} "
             f"steps had the learning rates for {before} epochs\nso the result differs from a "
-            f"run of {now} epochs; metrics.json and the report contain this change",
+            f"run of {now} epochs; metrics.json and the report mention this change",
             warning=True,
         )

@@ -40,7 +40,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class MemberConstants(NamedTuple):
-    """Constants of the training of E members, the nets of an ensemble."""
+    """Arrays that stay the same in all training steps of E members, the nets of an ensemble."""
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
@@ -48,7 +48,7 @@ class MemberConstants(NamedTuple):
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
-    """Returns the constants of the training of E members, the nets of an ensemble.
+    """Returns arrays that stay the same in all training steps of E members (nets of an ensemble).
 
     `weight` [E, N] float is the weight of each of N training clips in the loss of each member.
     """
@@ -63,7 +63,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Returns the state at step 0 of E members, the nets of an ensemble, with random parameters.
 
     `rngs` [E] has a PRNG key for all random draws of each member. `labels` [E, N] int32 are the
-    classes of the N training clips at step 0. The state contains them, because they may change.
+    classes of the N training clips at step 0, which `noise_classes.relabel` may change later.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -182,9 +182,9 @@ def take_member_step(
 ) -> tuple[TrainState, jax.Array]:
     """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
-    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Its fields
-    that a step does not change are None. `inputs` are the PRNG key, the labels [B] and weights [B]
-    of the clips, and settings of the member, see MemberInputs.
+    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Fields
+    that no step changes are None. `inputs` are the PRNG key, the labels [B] and weights [B] of the
+    clips, and settings of the member, see MemberInputs.
     """
     member_rng, *_ = inputs
     keys = jax.random.split(jax.random.fold_in(member_rng, step), 4)
@@ -333,7 +333,7 @@ def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransfo
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Returns the mean of `values` [B * T'] over the T' examples of each of B clips, [B].
+    """Returns the mean [B] of `values` [B * T'] for each of B clips with T' examples.
 
     Examples for which `exists` [B, T'] is False do not count. The mean of no examples is 0.
     """

@@ -251,7 +251,7 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns instructions for a filter of system calls, to follow the one of `_load_argument`.
+    """Returns instructions that follow an instruction of `_load_argument` in a filter of calls.
 
     The kernel executes `found` if the argument of the call is in `values`, otherwise `other`.
     """
@@ -269,7 +269,7 @@ def _load_argument(number: int) -> Step:
 
 
 def _forbid_calls(steps: list[Step]) -> None:
-    """Installs a filter of system calls. A process cannot remove the filter. Source: seccomp(2)."""
+    """Installs `steps` as a permanent filter of this process's system calls. Source: seccomp(2)."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
     zero = ctypes.c_ulong(0)

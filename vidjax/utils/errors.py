@@ -250,6 +250,6 @@ def check_entry(
         remedy = f"write {fields}" if fields else suggest(str(name), table)
         raise UserError(
             f"{field}='{name}' is unknown: {remedy}\n"
-            "if your own file adds this name, give --config=FILE to train, evaluate, rank, embed, "
-            "export or import; in Python, first call vidjax.load_config(FILE)"
+            "if your own file adds this name, add --config=FILE (train, evaluate, rank, embed, "
+            "export, import); in Python, first call vidjax.load_config(FILE)"
         )

@@ -106,7 +106,7 @@ def _read_numbers(path: Path) -> list[float]:
 
 
 def _read_entry(path: Path, name: str) -> list[float]:
-    """Returns [NUMBER] for a file with a line `name NUMBER`, or [] if there is no such line."""
+    """Returns the numbers in lines `name NUMBER` of a file, or [] if there is no such line."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
         return [float(row[1]) for row in rows if row[:1] == [name]]

@@ -27,11 +27,10 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 
 
 class Result(NamedTuple):
-    """What a command prints at its end: with `--json` the `facts`, otherwise a text.
+    """What a command prints at its end: with `--json` the `facts`, otherwise three parts.
 
-    The text consists of `text`, a table of `rows`, and a summary under the name of the command. The
-    summary has a line for each of `facts` (strings, paths and numbers) and each of `texts`. If
-    `text` is not empty, the summary has no `facts`.
+    The parts are `text`, a table of `rows`, and a summary with the command's name as heading. The
+    summary has a line for each of `facts` and `texts`, but no `facts` if `text` is not empty.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints
@@ -109,7 +108,7 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
 
 
 def measure_width() -> float:
-    """Returns the width of the terminal in letters, or infinity if the output is no terminal."""
+    """Returns the width of the terminal in columns, or infinity if the output is no terminal."""
     return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else math.inf
 
 

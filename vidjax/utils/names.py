@@ -180,10 +180,9 @@ def make_file_stems(labels: Iterable[str]) -> list[str]:
 def make_folder_name(name: str, taken: Collection[str]) -> str:
     """Returns a name for the folder of a person: `Who?` becomes `Who%3F`.
 
-    `read_folder_name` computes the person's name again. `taken` are the names of other folders in
-    lower case (`str.casefold`). If the new name is taken, as for `ADA` after `Ada`, all letters
-    become numbers such as `%41`. If the new name is too long for a file system, `name` is returned
-    unchanged.
+    `read_folder_name` computes the person's name again. `taken` are the names of other folders,
+    in lower case (`str.casefold`). If the new name is taken, as `ADA` by the folder `Ada`, all
+    letters become numbers such as `%41`. If the new name is too long, returns `name` unchanged.
     """
     code = re.sub(rf"{_NOT_PORTABLE.pattern}|%(?=[0-9a-f]{{2}})", _to_numbers, name, flags=re.I)
     if code.casefold() in taken:

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     def fields(self, group: str = "", *, example: str) -> None:
         """Lets users override configuration fields that begin with `group`, by default all fields.
 
-        `--help` shows `example`, such as `seed=1` for `--config.seed=1`.
+        If `example` is `seed=1`, `--help` shows the example `--config.seed=1`.
         """
         usage = f"--config.{group}FIELD VALUE"  # for --help: `split_overrides` removes such words
         about = f"overrides a field, e.g. --config.{example}"

@@ -7,8 +7,8 @@ each written file. The child can use only files that it needs, and no connection
 `confinement`. The child gets only environment variables that it needs.
 
 A hostile file may take over the child, and then chooses the result. So `run_limited` raises an
-error if the result does not fit the class `kind`. A caller reads files that the child has written
-in a block of `doubt`, where errors become a UserError.
+error if the result does not fit the class `kind`. If the child has written files, the caller reads
+them in a block `with doubt(path)`, which turns errors into a UserError.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -187,11 +187,11 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
-    """Limits the address space, the CPU time and the size of written files of this process.
+    """Limits the memory, the CPU time and the size of written files of this process.
 
-    `memory_bytes` is the limit of the address space and of each written file. `cpu_seconds` is the
-    limit of the CPU time for the next file. `calls` is the number of files that the process will
-    still read. For all of them, it can get at most `calls` x `cpu_seconds`.
+    `memory_bytes` limits the address space and each written file. `cpu_seconds` limits the CPU time
+    of the next job (a file to read). The process can later raise this limit to at most `calls` x
+    `cpu_seconds`, where `calls` is the number of jobs that are left.
     """
     import resource
 
@@ -355,7 +355,7 @@ def run_limited_each(
 def _describe_end(
     path: Path, child: subprocess.CompletedProcess[bytes] | None, seconds: int, cpu_seconds: int
 ) -> UserError:
-    """Returns the error for a file whose child process has ended without an answer.
+    """Returns the error if the child process that reads `path` has ended without an answer.
 
     `child` is the ended process, or None if the process was killed after `seconds`.
     """

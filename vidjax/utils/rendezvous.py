@@ -170,9 +170,9 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
 
 
 def _watch(index: int, count: int) -> None:
-    """Waits until process `index` has ended. If it dies or fails, ends this process, too.
+    """Waits until process `index` ends. If it has not succeeded, ends this process with code 2.
 
-    The exit code is then 2. `count` is the number of processes, for the message.
+    `count` is the number of processes, for the message.
     """
     line = _receive(_peers[index])
     if line == "done":

@@ -65,7 +65,7 @@ def write(
 ) -> None:
     """Writes a table to the new file `path`. The ending of its name decides the format.
 
-    A .jsonl file gets a line for each item of `objects`. The other formats get `rows`, where None
+    A .jsonl file contains only `objects`, one per line. Other files contain only `rows`, where None
     is an empty cell. `columns` is name of a column -> its type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":

@@ -79,10 +79,10 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if other users, except root, may replace files in a folder.
+    """Returns True if other users, except root, may replace our files in a folder.
 
-    `status` is the result of `os.stat` for the folder. `last` is True for the folder that vidjax
-    will use: in this folder, other users must not add files either.
+    `status` is the result of `os.stat` for the folder. `last` is False for a parent of the folder
+    that vidjax uses. If `last` is True, also returns True if other users may add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

@@ -317,8 +317,8 @@ def _open_arrays(
 ) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields a tuple for each array of an `.npz` file. For `limit` and `least`, see `load_npz`.
 
-    The items of the tuple are the name of the array, the open entry of the archive, positioned
-    after the header of the array, and the number of bytes of the array in memory.
+    The tuple is (name of the array, entry of the archive, number of bytes of the array in memory).
+    The entry is open, and its position is after the header of the array.
     """
     if file.read(1) == NPY_START:
         raise UserError("the file is an .npy, without names of arrays: use numpy.savez")
