@@ -314,7 +314,7 @@ def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
 @pytest.mark.parametrize(("name", "words"), [
     ("SQLITE_IOERR_LOCK", ("without locks", "another disk", "--out=FOLDER")),
     ("SQLITE_PERM", ("without locks", "another disk", "--out=FOLDER")),
-    ("SQLITE_IOERR_DIR_FSYNC", ("was changed, but the change may be lost",)),
+    ("SQLITE_IOERR_DIR_FSYNC", ("was changed, but a power cut may undo the change",)),
 ])  # fmt: skip
 def test_error_of_a_drive_names_another_disk_or_a_lost_change(gallery, monkeypatch, name, words):
     error, connection = sqlite3.OperationalError("disk I/O error"), mock.MagicMock()

@@ -195,11 +195,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """The faces of the clips: name of a clip -> face, with a time and a box.
-
-        The log of names identifies a face by these values, see `said`. Clips without a known box
-        are left out.
-        """
+        """Name of a clip -> the face in the clip. Clips without a known box are left out."""
         faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
 

@@ -417,7 +417,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
 
 
 def _read_people(folder: Path, found: list[Place]) -> set[str]:
-    """Returns the names of the people of a run. Adds the folder to `found` if it is unreadable."""
+    """Returns the names of the people of a run. Adds an unreadable folder to the report `found`."""
     path = folder / "identities.json"
     try:
         names = files.read_json(path, list, PEOPLE_BYTES) if files.exists(path) else []

@@ -542,9 +542,9 @@ def _migrate(args: argparse.Namespace) -> Result:
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"clips that are named by the number of a face: {len(numbered):,}, such as "
-            f"{show(numbered[0])}. A new face detector may give this name to another face\n"
-            f"if you changed the detector, create '{args.new}' again, with features by the old one",
+            f"the clip name {show(numbered[0])} ends in the number of a face (such names: "
+            f"{len(numbered):,}). A new face detector may give this name to another face\n"
+            f"if the detector is new, create '{args.new}' again with features of the old detector",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

@@ -263,11 +263,11 @@ def _select_first(
 
     `order` [B, T] are indices of frames, real frames first. If a clip has too few frames:
 
-    - With `replacement`, all selected frames are drawn with replacement.
-    - With `rng` or `fixed_draws`, each frame is selected, and random frames are repeated.
-    - Otherwise, each frame is selected, and frames are repeated in turn.
+    - If `replacement` is True, all selected frames are drawn with replacement.
+    - If not, each frame is selected, and frames are repeated: random frames if `rng` is given or
+      `fixed_draws` is True, otherwise all frames in turn.
 
-    If `rng` is None, draws are the same in every call.
+    Draws use the PRNG key `rng`, or a fixed key if `rng` is None.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]

@@ -385,7 +385,7 @@ def _write_columns(
         raise _damaged(path, f"features has {at:,} values, but the footer lists {counted:,}")
     arrays, text = {"width": np.concatenate(widths)}, {}
     if first != len(joined):
-        raise _damaged(path, f"features has {first:,} rows, but clip has {len(joined):,}")
+        raise _damaged(path, f"columns features and clip have {first:,} and {len(joined):,} rows")
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)

@@ -134,8 +134,8 @@ class Blend:
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Returns the best clips of each identity by `joined`, the joint scores.
 
-        If one of the runs is a PLDA model, and `numbers`, the learned parameters of the blend, are
-        given, the order also depends on the scores of similar clips, see `diffusion`.
+        `numbers` are the learned parameters of the blend. If they are given, and a run is a PLDA
+        model, the order also depends on the scores of similar clips, see `diffusion`.
         """
         if not numbers:
             return rank_array(joined)

@@ -71,12 +71,11 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precisions of identities in a group of clips, and the group's size.
+        """Measures how well the clips of a group are ranked for the identities that they show.
 
-        `chosen` [N] is True for the clips of the group. From the ranking of an identity, clips of
-        this identity outside the group are removed. All clips that do not show the identity stay.
-        Identities without a clip in the group are left out. The size is the number of chosen clips
-        that are not distractors.
+        `chosen` [N] bool is True for the clips of the group. Returns the average precision of each
+        identity with a clip in the group, and the number of clips in the group that show an
+        identity. Other clips that show an identity are removed from the ranking of this identity.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
@@ -332,8 +331,8 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if two conditions hold. The best identity of the clip has a probability of
-    SURE or more. NUM_ABOVE or more identities have higher scores than the label. Identities
-    without remaining clips are left out.
+    SURE or more. NUM_ABOVE or more identities have higher scores than the label. MAP does not
+    include identities without remaining clips.
 
     The scores in `clips` must be logarithms of probabilities, of a model that was not trained on
     these clips.

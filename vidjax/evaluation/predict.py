@@ -116,8 +116,8 @@ class Ranker:
 
         - The checkpoint was not evaluated.
         - Fewer than 99 clips of strangers were evaluated.
-        - An ensemble was evaluated on its training clips, so that only a few members scored each
-          clip. This threshold would be too strict for new clips, which all members score.
+        - An ensemble was evaluated on its training clips. Only a few members scored each of them,
+          but all members score a new clip, so the measured threshold is too strict for new clips.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None

@@ -116,7 +116,7 @@ class System(NamedTuple):
         """Turns B clips into the inputs of the model, n examples for each clip.
 
         `frames` is modality -> Frames [B, T'], the result of `fuse`. Returns the examples, modality
-        -> Frames, and [B, n] bool, True for examples that exist.
+        -> Frames, and [B, n] bool, False for padding.
 
         If `frame_is_example` is False, n is 1, and the examples are `frames`. If it is True, each
         frame is an example: n is the largest T', and the result has Frames [B n, 1]. If a modality

@@ -35,7 +35,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """How much the vectors of people differ, compared with what the card of the net predicts."""
+    """How much the vectors of people differ, compared with the card (JSON file) of the net."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card

@@ -6,10 +6,10 @@ clip is added to the sums, and a removed clip is subtracted. The fit takes three
 of [D, D] in float64. This file uses only numpy, so that a gallery of enrolled people does not have
 to load JAX. `plda_fit` uses JAX on the device.
 
-Clips of the same day share a part of e. If all clips of each person are from one day, this part
-cannot be seen, and counts as a part of y. So galleries set a lower limit for the share of W in
-the variance, see `covariances`. If the clips of a person differ less than W predicts, they count as
-fewer clips, see `count_independent`.
+Clips of the same day share a part of e. If all clips of each person are from one day, the fit takes
+this part for a part of y, and W is too small. So galleries set a lower limit for W, see
+`covariances`. If the clips of a person differ less than W predicts, they count as fewer clips, see
+`count_independent`.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
 shrinkage of both covariances towards a multiple of the identity matrix, and the counts of clips

@@ -5,9 +5,9 @@ resemble the identity. A distractor in no cluster starts in a random mirror clas
 `noise.relabel_every_epochs` epochs, each of these distractors moves to the mirror class of the
 identity that the model predicts.
 
-Source: noise classes (5th place 2018). In the author's code, distractors in clusters also move. The
-article gets the class number of a mirror by adding 8,652 to that of the identity. This is a
-misprint of 8,625, the sum of 4,934 identities and 3,691 clusters.
+Source: noise classes (5th place 2018). In the author's code, distractors in clusters move, too. In
+the article, the number of a mirror class is 8,652 + the number of the identity. This is a misprint
+of 8,625, the sum of 4,934 identities and 3,691 clusters.
 """
 
 import numpy as np

@@ -301,7 +301,7 @@ def _transform_and_fuse(
 def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
     """Copies a batch to every device of `mesh`, inside a jitted function.
 
-    The features of the result are LazyFeatures: an array of all frames, and the row of each frame.
+    The features of the result are LazyFeatures: row numbers of frames in an array [F, D].
     """
     batch = jax.lax.with_sharding_constraint(batch, devices.replicated_layout(mesh))
 

@@ -1,4 +1,4 @@
-"""Takes rights from this process for ever, before the process reads a file of a stranger.
+"""Permanently drops privileges of this process, before the process reads an untrusted file.
 
 Two parts of Linux do this. Landlock allows only listed files. seccomp, a filter of system calls,
 forbids opening connections, starting programs and processes, and sending signals to other
@@ -110,7 +110,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
-    """Takes rights from this process. The process must not have started threads.
+    """Drops privileges of this process. The process must not have started threads.
 
     Afterwards, the process can read only the files `reads`, the files in the folders `writes`, and
     the installed packages and libraries. It can write and delete files only in `writes`. If `reads`

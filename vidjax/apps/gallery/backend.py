@@ -179,9 +179,8 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: like `vectors`, but row n may be the mean of several clips of the person of clip n.
-        To fit `settings`, people are enrolled with rows of `enrolled`, and compared with rows of
-        `vectors`. Default: `vectors`.
+      enrolled: like `vectors`. Only the fit of `settings` uses it, to enrol people. Row n may be
+        the mean of several clips of the person `labels[n]`. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips gets a lower limit, see `two_covariance.covariances`.

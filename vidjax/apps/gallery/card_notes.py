@@ -111,7 +111,7 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
             return ()
         if not is_equal and not changed:
             say(
-                f"gallery '{gallery.folder}' uses the new numbers (statistics of cosines) in the "
+                f"to compare clips, gallery '{gallery.folder}' uses the new numbers in the "
                 "JSON file of its net"
             )
         check_width(wide)

@@ -120,17 +120,17 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery, and enrols the labelled training clips of a run.
 
-        Clips are compared by PLDA. The settings of PLDA, such as `scale`, are the settings of the
-        run. They are fitted to the training clips instead if the run is not a PLDA run, or if the
-        clips of a person are as alike as photos of one day. The second case prints a message.
+        Clips are compared by PLDA. A PLDA run gives the settings of PLDA, such as `scale`. For
+        other runs, the settings are fitted to the training clips. They are also fitted, with a
+        message, if the training clips of a person are as alike as photos of one day.
 
         Args:
           folder: a new or empty folder.
           run: the training run, or its folder.
           data: the dataset of the run. By default, it is loaded.
-          strangers: the name of a split. Its clips without a label become clips of strangers,
-            people who must not get a name. The default is the evaluated split, if it also
-            contains clips with a label.
+          strangers: the name of a split. Its clips without a label are stored as clips of
+            strangers (people who must not get a name). Default: the evaluated split if it has
+            labels, otherwise no split.
           empty: True to enrol nobody. The gallery then contains only clips of strangers, and the
             parameters that were fitted to the training clips.
 

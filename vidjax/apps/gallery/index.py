@@ -124,7 +124,7 @@ class Nearest(NamedTuple):
 
 
 def join(blocks: Sequence[People]) -> People:
-    """Joins blocks of people into a single block."""
+    """Returns all people of `blocks` as one `People`, in the same order."""
     names, linear, constant, count = zip(*blocks, strict=True)
     return People(
         tuple(itertools.chain.from_iterable(names)),
@@ -339,9 +339,9 @@ class Index:
         return Ratios(part, scale, self.counts[number], np.concatenate(constants))
 
     def _list_means(self, number: int, distances: Distances) -> list[Means]:
-        """Returns the mean vectors of people in a modality, for each block, see `Block.means`.
+        """Returns the mean vectors of people in modality `number`: a `Means` for each `Block`.
 
-        If nobody is enrolled, the result is one element without people.
+        If nobody is enrolled, returns a single `Means` without people.
         """
         means = [block.means(number, distances) for block in self.blocks]
         nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)

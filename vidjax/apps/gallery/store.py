@@ -442,7 +442,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
             if name == "SQLITE_IOERR_DIR_FSYNC":  # the journal is deleted, which ends the change
                 raise UncertainWriteError(
-                    number, f"'{path}' was changed, but the change may be lost: {error}"
+                    number, f"'{path}' was changed, but a power cut may undo the change: {error}"
                 ) from error
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error

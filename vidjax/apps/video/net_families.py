@@ -183,7 +183,7 @@ def _check_card(card: Written, kind: str, name: str, content: bytes, converted: 
                 right["back_end"] = centre | FAMILIES[family]["back_end"]
             if msgspec.convert(right, Written) == card:
                 return
-    raise ValueError(f"the card from the child process does not describe the net '{show(name)}'")
+    raise ValueError(f"the child process returned a wrong description of the net '{show(name)}'")
 
 
 def work(arguments: dict[str, Any]) -> list[Written | str]:

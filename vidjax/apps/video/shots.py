@@ -148,10 +148,10 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Compares each element of `change` [2] with earlier changes. Returns bool [2].
+        """Returns bool [2]: whether each element of `change` is larger than in earlier changes.
 
-        True means that the element is above `times_usual` x its median in recent changes, and above
-        `times_last` x its value in the previous change. For `change`, see `_is_sudden`.
+        `change` [2] is the difference of two pictures, and 1 - their correlation. Larger means over
+        `times_usual` x the median of recent changes, and over `times_last` x the previous change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

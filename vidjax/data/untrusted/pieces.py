@@ -124,10 +124,10 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips the opcodes with arguments of fixed size that begin at byte `at`.
+        """Skips a run of opcodes whose arguments have a fixed size. The run begins at byte `at`.
 
-        Returns the position of the byte after these opcodes, and how many of the opcodes store
-        an object in the memo of the pickle.
+        Returns the position of the byte after the run, and how many opcodes of the run store an
+        object in the memo of the pickle.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

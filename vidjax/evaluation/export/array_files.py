@@ -1,26 +1,27 @@
 """Writes the arrays of a PLDA run or a gallery, and compares exported outputs with vidjax.
 
-The export format `numpy`, and the format `safetensors` of a gallery, contain the following arrays,
-with which `reader.py` scores clips. PART is a modality, and D is the length of its vectors. N is
-the number of people, in the order of identities.json. E is the number of ensemble members.
+The export format `numpy`, and the format `safetensors` of a gallery, contain the arrays below. From
+the vector of a clip in modality PART, `reader.py` computes a log-likelihood ratio for each person:
 
-    scale                        [E], a factor of the log-likelihood ratios
-    unenrolled                   [E], replaces the ratio of PART for people without a clip of PART
-    stranger                     [E], the logarithm of the prior odds of a stranger
-    temperature                  [E], divides the logits, see `config.eval.temperature`
-    PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
-    PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
-    PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z, and constants
-    PART/curve                   [E, U, D], the coefficients of z^2
+    z = (u - mean) @ transform, with u = vector - centre, scaled to unit length
+    ratio = scale x PART/scale x (z @ linear.T + z^2 @ curve[kind].T + constant)
+
+The logit of a person is the sum of the ratios of all PARTs. N is the number of people, in the order
+of identities.json. E is the number of ensemble members. D is the length of the vectors of PART.
+
+    PART/centre, PART/mean       [E, D]
+    PART/transform               [E, D, D]
+    PART/linear, PART/constant   [E, N, D] and [E, N]
+    PART/curve                   [E, U, D], people with the same number of clips share a row
     PART/kind                    [E, N] int32, the row of each person in `curve`
-    PART/known                   [E, N] int32, 1 for people with a clip of PART
-    PART/scale                   [E], an additional factor of the ratios of PART
-    PART/limit                   [E], cuts the ratios of PART to +-limit if a clip has other PARTs
+    scale, PART/scale            [E] each
+    PART/limit                   [E], if a clip has other PARTs, its ratios are cut to +-limit
+    PART/known, unenrolled       [E, N] int32 and [E], people with known = 0 get ratio = unenrolled
+    stranger                     [E], the logarithm of the prior odds of a stranger
+    temperature                  [E], divides all logits, see `config.eval.temperature`
 
-The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
-and `curve`. The logit of a person is the sum of the ratios of all PARTs. People with the same
-number of clips share one of the U rows of `curve`. Arrays without a dtype are float32 or float64. A
-gallery that compares distances has other arrays, see `apps.gallery.array_export`.
+Arrays without a dtype are float32 or float64. A gallery that compares distances has other arrays,
+see `apps.gallery.array_export`.
 """
 
 from collections.abc import Callable, Mapping
