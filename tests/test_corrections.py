@@ -127,7 +127,7 @@ def test_many_people_and_faces_are_changed_in_one_step(shelf):
         shelf.page.change("name", keys([face]), name)
         assert shelf.names()[face] == name
     refused(lambda: shelf.page.change("apart", keys(shelf.clips(two))), "select only the wrong")
-    refused(lambda: shelf.page.change("apart", [two]), "choose an appearance")
+    refused(lambda: shelf.page.change("apart", [two]), "you selected all faces of")
     refused(lambda: shelf.page.change("name", [], "Zoe"), "select people or faces")
 
 

@@ -548,7 +548,7 @@ def test_right_clips_strangers_and_twins_are_not_reported(gallery, photos, monke
     copies = {f"copy {n}": {"face": photos[n, :1]} for n in range(10)}
     found = gallery.enrol(copies, {name: f"x {name}" for name in copies}).rivals
     assert [*found] == ["copy 0", "copy 1", "copy 2"]
-    assert "only 3 of 10 clips were compared" in capsys.readouterr().err
+    assert "only 3 of 10 clips were checked" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dimensions", "variance"), [(16, 0.9), (32, 0.16), (100, 0.04)])

@@ -289,8 +289,8 @@ def make_loss(
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if np.any(weights > 1):
         raise UserError(
-            f"config.loss.schedule: the second number of each pair is a weight from 0 to 1, but "
-            f"the weights are {weights.tolist()}"
+            f"config.loss.schedule: the second numbers of the pairs must be between 0 and 1, but "
+            f"are {weights.tolist()}"
         )
 
     def loss_fn(

@@ -85,7 +85,7 @@ def constant(ramp: Warmup) -> optax.Schedule:
 
 
 def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
-    """Returns a schedule: the rate of `ramp` x `decay_factor` ** (epoch // `decay_every_epochs`).
+    """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
 
     Epochs are counted from the first step. `decay_every_epochs` may be a fraction.
     """

@@ -540,14 +540,12 @@ class Review:
 
         All faces with the same wrong name become one new unknown person.
         """
-        if people := [x.name for x in found if x.is_person]:
-            raise UserError(f"you selected all faces of '{people[0]}': select only the wrong faces")
         lines, number = list[Line](), self._decision.numbers.highest
         for name, subjects in group_by_key((x.name, x) for x in found).items():
             clips = {clip for x in subjects for clip in x.clips}
             rest = sorted({*self._clips_of.get(name, ())} - clips)
-            if name in self._clips_of and not rest:
-                raise UserError(f"you selected all faces of {name}: select only the wrong faces")
+            if any(x.is_person for x in subjects) or (name in self._clips_of and not rest):
+                raise UserError(f"you selected all faces of '{name}': select only the wrong faces")
             number += 1
             other = self._face_of[rest[0]].face if rest else None
             own = self._find_number(clips) or number

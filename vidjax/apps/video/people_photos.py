@@ -185,8 +185,8 @@ class Photos:
         if files.is_file(people):
             one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
             return UserError(
-                f"{flag}={people} is a file, not a folder with photos of people\n"
-                f"use {flag}={one}, or if it has only one person, the folder above: {flag}={all_}"
+                f"{flag}={people} is a file, not a folder: use its folder, {flag}={one}\n"
+                f"if this is the folder of one person, use the folder above: {flag}={all_}"
             )
         return UserError(
             f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
