@@ -201,7 +201,7 @@ def test_corrections_without_a_face_are_listed(archive, drawn):
         ("00.mkv", "not Countess"), ("00.mkv", "Eve 00"), ("00.mkv", "ignored"), ("01.mkv", "Bob"),
         ("", "other: Zoe"),
     }  # fmt: skip
-    assert f"corrections lost, as their faces are no longer found: {len(rows) - 1:,}, see" in output
+    assert f"corrections of faces that are no longer found: {len(rows) - 1:,}, see" in output
     assert "no longer found" not in archive.who().output  # they are listed once
     enrol(NEW_WIDTH)  # again, from features of the new nets
     assert Gallery(archive.out / "gallery").clips["other"].vector.any()

@@ -170,9 +170,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
         from vidjax.apps import said  # it takes time to import
 
         if said.has_log(Path(names[0])):
-            raise UserError(
-                f"'{names[0]}' is a folder: write vidjax review {shlex.quote(names[0])}"
-            )
+            raise UserError(f"'{names[0]}' is a folder: use vidjax review {shlex.quote(names[0])}")
         raise UserError(
             f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name people in films: vidjax who --help, then vidjax review FOLDER\n"

@@ -339,8 +339,7 @@ def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # n
     the name of the model for the message, such as "model 'dense'".
     """
     if get_origin(kind) is Literal:  # the error of msgspec would not list the possible values
-        check_choice(option, value, get_args(kind))
-        return
+        return check_choice(option, value, get_args(kind))
     given = dict(value) if isinstance(value, Mapping) else value
 
     def skip(*_: object) -> None:

@@ -56,8 +56,7 @@ def load_file(spec: str) -> Config:
     if problem := _find_wrong_type(dict(fields(config))):
         raise UserError(
             f"--config: '{spec}' {problem}\n"
-            "in the function get_config of this file, begin with vidjax.runs.config.default(), and "
-            "change only values of its fields"
+            "begin get_config with config = vidjax.runs.config.default(), and change only values"
         )
     return config
 

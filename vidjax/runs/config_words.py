@@ -94,8 +94,5 @@ def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
     """
     path = Path(file).parent / "published" / Path(file).name
     if not path.exists():
-        raise UserError(
-            f"--config: the argument 'published' needs the file '{path}', which is missing\n"
-            "copy it from configs/published of vidjax"
-        )
+        raise UserError(f"--config: 'published' lacks '{path}': copy it from configs/published")
     config_io.execute(path).follow(config, words)

@@ -66,10 +66,7 @@ def describe_difference(
     changes = find_changes(before, now)
     if "names" in changes:
         return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
-    unknown = (
-        "so vidjax cannot check whether the features are unchanged\n"
-        "if you have not changed them, ignore this warning"
-    )
+    unknown = "so vidjax cannot check the features: if they have changed, train again"
     if now.get("modalities") != before.get("modalities"):
         warn(f"{split}: the data have other modalities than in the training\n{unknown}")
     elif now.get("records") != before.get("records"):

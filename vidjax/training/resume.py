@@ -75,8 +75,7 @@ def start(
         split = data.split(config.eval.split)
         if ensemble.choose_scoring_members(sets, split.clips)[1]:
             warn(
-                "config.init_from: the loaded weights were trained on clips of the split "
-                f"{split.name}, so the MAP on {split.name} is too high\n"
+                f"config.init_from was trained on clips of {split.name}, so the MAP is too high\n"
                 "to measure MAP, choose another split: --config.eval.split=SPLIT"
             )
         known: dict[str, Any] = {}

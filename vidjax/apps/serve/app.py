@@ -364,9 +364,7 @@ class Application:
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if request.query_params and not npz:
-            raise unprocessable(
-                "a query in the URL is not allowed with JSON: send all fields in the body"
-            )
+            raise unprocessable("no query in the URL with JSON: send all fields in the body")
         loop = asyncio.get_running_loop()
         if npz:
             try:

@@ -382,7 +382,7 @@ class _Call:
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             self.warn(
-                f"corrections lost, as their faces are no longer found: {len(new):,}, see {path}\n"
+                f"corrections of faces that are no longer found: {len(new):,}, see {path}\n"
                 f"to repeat these corrections: vidjax review {messages.quote_path(self.out)}"
             )
 
