@@ -58,7 +58,7 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"the folders in '{path}' may show different people, but --identity is one person\n"
-                "if each is a person, leave out --identity; else enrol one of the folders: --input=DIR"
+                "if each is a person, leave out --identity; else enrol one folder: --input=FOLDER"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
