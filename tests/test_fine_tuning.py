@@ -151,7 +151,7 @@ def test_runs_of_other_kinds_are_refused(data, half_run, trained, official_dir, 
     config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
     config.init_from, config.modalities = str(source), ("audio",)
     found = init_from.find_source(config)
-    refused(lambda: started(config, data, found), "no matrix", "--config.modalities")
+    refused(lambda: started(config, data, found), "no weight matrix", "--config.modalities")
 
 
 def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():

@@ -11,6 +11,7 @@ All other code imports TensorFlow from this module, because this module sets Ten
 import collections
 import itertools
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +28,14 @@ from vidjax.utils.errors import UserError
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-# Keras is not used here, but its import would write a file to the home folder.
-_keras_home = os.environ.get("KERAS_HOME")
-os.environ["KERAS_HOME"] = os.devnull
+# Keras is not used here. Its import would take seconds, and write a file to the home folder.
+modules: Any = sys.modules
+hides_keras = modules.setdefault("keras", None) is None
 try:
     import tensorflow
 finally:
-    del os.environ["KERAS_HOME"]
-    if _keras_home is not None:
-        os.environ["KERAS_HOME"] = _keras_home
+    if hides_keras:
+        del modules["keras"]
 
 # TensorFlow has no types, and its type stubs are incomplete.
 tf: Any = tensorflow
