@@ -20,6 +20,7 @@ from tests.helpers.batches import eval_batches, real_frames
 from tests.helpers.datasets import load_dataset
 from vidjax.data import labels, memory, sources
 from vidjax.data.clip_files import write_npz
+from vidjax.data.packed_clips import fingerprint_frames
 from vidjax.utils import errors
 
 DIM = 6
@@ -536,3 +537,12 @@ def test_programs_of_the_readme_convert_files_of_many_clips(tmp_path, monkeypatc
     assert sum(map(bool, code.splitlines())) <= 6
     read = clip_files.read_arrays(Path("features/train"))
     np.testing.assert_equal(read, {name: {"face": face} for name, face in faces.items()})
+
+
+def test_frames_have_the_same_fingerprint_if_and_only_if_they_are_equal():
+    frames = np.random.default_rng(0).normal(size=(600, 6)).astype(np.float16)
+    frames[:2] = [[0.0], [-0.0]]
+    prints = fingerprint_frames(frames)
+    assert not prints[:2].any() and len({*prints.tolist()}) == 599
+    for dtype in (np.float32, np.float64):
+        assert np.array_equal(fingerprint_frames(frames.astype(dtype)), prints)

@@ -134,9 +134,10 @@ def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migr
     for name, features in np.load(tmp_path / "queries.npz").items():
         clip, _, modality = name.partition("/")
         clips.setdefault(clip, {})[modality] = features
-    found = vidjax.Gallery(tmp_path / "gallery").identify(clips, k=6)
+    counts = list[int]()
+    found = vidjax.Gallery(tmp_path / "gallery").identify(clips, k=6, advance=counts.append)
     answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers) == 16
+    assert len(answers) == 16 == sum(counts)
     for clip, answer in answers.items():
         assert found[clip].identity == answer["identity"]
         assert dict(found[clip].best) == pytest.approx(dict(answer["best"]), abs=1e-6)
