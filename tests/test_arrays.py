@@ -18,7 +18,7 @@ from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches, real_frames
 from tests.helpers.datasets import load_dataset
-from vidjax.data import labels, memory, sources
+from vidjax.data import data_report, labels, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.packed_clips import fingerprint_frames
 from vidjax.utils import errors
@@ -357,6 +357,9 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
             assert {warning.filename for warning in caught} == {__file__}
             texts = [str(warning.message) for warning in caught]
             assert any(wanted in text and effect in text for text in texts), texts
+    with pytest.warns(errors.VidjaxWarning):
+        report = sources.load({"val": clips}, cache_dir=tmp_path / "cache").report
+    assert "negative: 2 quality, 1 detection" in data_report.format_report(report)
 
 
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path, read_here):

@@ -30,6 +30,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import pipeline, who
 from vidjax.cli import program
 from vidjax.data.clip_files import write_npz
+from vidjax.utils import messages
 
 pytestmark = pytest.mark.usefixtures("read_here")
 
@@ -492,5 +493,8 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 def test_python_names_people_of_paths_that_are_texts(drawn):
     drawn.befriend("Ada")
     out, models = str(drawn.out), str(drawn.models)
-    done = vidjax.name_people(str(drawn.group()), str(drawn.friends), out, models)
+    copy = shutil.copy(group := drawn.group(), group.with_suffix(".bmp"))
+    paths, told = [str(group), str(copy)], list[messages.Note]()
+    done = vidjax.name_people(paths, str(drawn.friends), out, models, tell=told.append)
     assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()
+    assert told and done.notes == told
