@@ -137,7 +137,7 @@ def _make_pipeline(modalities: Mapping[str, Modality], plan: BatchPlan, queue: A
     batches = tf.data.Dataset.counter().map(dequeue)
     batches = batches.map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
     options = tf.data.Options()
-    # Nothing is left to tune, and a thread that tunes would delay the end by up to a minute.
+    # Nothing is left to tune, and a thread that tunes can delay the end by up to a minute.
     options.autotune.enabled = False
     return batches.with_options(options)
 
