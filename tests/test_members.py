@@ -134,8 +134,9 @@ def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migr
     for name, features in np.load(tmp_path / "queries.npz").items():
         clip, _, modality = name.partition("/")
         clips.setdefault(clip, {})[modality] = features
-    counts = list[int]()
-    found = vidjax.Gallery(tmp_path / "gallery").identify(clips, k=6, advance=counts.append)
+    gallery, counts = vidjax.Gallery(tmp_path / "gallery"), list[int]()
+    found = gallery.identify(clips, k=6)
+    gallery.embed(clips, advance=counts.append)
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert len(answers) == 16 == sum(counts)
     for clip, answer in answers.items():
