@@ -124,6 +124,4 @@ def test_numbers_and_missing_values_of_pandas_and_parquet_are_read_as_such(tmp_p
     refused(lambda: labels.load_label_table({"a": b"Ada"}, known), "bytes", "decode()")
     path = tmp_path / "none.parquet"
     parquet.write_table(pyarrow.table({"clip": clips}), path)
-    refused(
-        lambda: labels.load_label_table(path, known), "the columns clip and identity", "only clip"
-    )
+    refused(lambda: labels.load_label_table(path, known), "columns clip and identity", "only clip")

@@ -154,7 +154,7 @@ def test_calls_that_fail_because_people_or_the_gallery_are_missing_change_nothin
     drawn.befriend("Ada")
     drawn.who(group)
     gallery.rename(moved)
-    assert "earlier runs of this command is missing" in drawn.who(group, code=2).output
+    assert "gallery of earlier runs of this command is missing" in drawn.who(group, code=2).output
     moved.rename(gallery)
     before = {path: path.read_bytes() for path in drawn.out.glob("names.*")}
     empty(drawn.friends)

@@ -201,7 +201,7 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
             f"{place} must be an array of numbers, but numpy cannot make one: {reason[:200]}"
         ) from None
     if np.ma.is_masked(values):
-        raise UserError(f"{place} has masked values: leave out frames with masked values")
+        raise UserError(f"{place} has masked values: leave out the masked frames")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         remedy = "give floats, as from array.astype('float32')"
         if array.ndim > 2:
@@ -223,7 +223,7 @@ def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
     if given == other:
         raise UserError(f"{problem}: delete one of them")
     raise UserError(
-        f"{problem}: without {ENDING}, the names '{show(given)}' and '{show(other)}' are equal\n"
+        f"{problem}: without {ENDING}, '{show(given)}' and '{show(other)}' are equal\n"
         "delete or rename one of these clips"
     )
 

@@ -75,7 +75,7 @@ def start(
         split = data.split(config.eval.split)
         if ensemble.choose_scoring_members(sets, split.clips)[1]:
             warn(
-                f"config.init_from was trained on clips of {split.name}, so the MAP is too high\n"
+                f"the run config.init_from was trained on clips of {split.name}: MAP is too high\n"
                 "to measure MAP, choose another split: --config.eval.split=SPLIT"
             )
         known: dict[str, Any] = {}

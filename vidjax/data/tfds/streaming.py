@@ -29,13 +29,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 # Keras is not used here. Its import would take seconds, and write a file to the home folder.
-modules: Any = sys.modules
-hides_keras = modules.setdefault("keras", None) is None
+_modules: Any = sys.modules
+_hides_keras = _modules.setdefault("keras", None) is None
 try:
     import tensorflow
 finally:
-    if hides_keras:
-        del modules["keras"]
+    if _hides_keras:
+        del _modules["keras"]
 
 # TensorFlow has no types, and its type stubs are incomplete.
 tf: Any = tensorflow
