@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -46,7 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="hundreds of random faults")
     parser.addoption("--fault-seed", type=int, help="repeats the faults of a failed test")
-    parser.addoption("--tenth", action="store_true", help="a tenth of the tests, by their names")
 
 
 # Files with few, long tests. If such a file started last, the other processes would be idle.
@@ -62,9 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out tests with the mark `nightly` unless `-m` names it. Long files come first."""
 
     def is_wanted(item: pytest.Item) -> bool:
-        if item.get_closest_marker("nightly") and "nightly" not in config.option.markexpr:
-            return False
-        return not config.option.tenth or zlib.crc32(item.nodeid.encode()) % 10 == 0
+        return not item.get_closest_marker("nightly") or "nightly" in config.option.markexpr
 
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = filter(is_wanted, items)
