@@ -235,6 +235,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_a_wrong_command_fails_before_a_device_starts(tmp_path, python):
     """With JAX_PLATFORMS=cuda, the start of a device fails on a machine without a GPU."""
     python(IMPORTS, cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda")

@@ -34,6 +34,7 @@ for some in SOME.values():
             some[clip]["face"][field][:1] = np.nan
 
 
+@pytest.mark.slow
 @nightly_after_first("kind", ["npz", "pickles"])
 def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch):
     folder, reader = tmp_path / "source", arrays.FeatureFolder
@@ -149,6 +150,7 @@ def test_failures_of_limited_jobs_have_a_cause_and_do_not_affect_other_jobs(tmp_
     assert first not in ids and len({*ids}) == 1
 
 
+@pytest.mark.slow
 def test_cpu_time_is_limited_for_each_job():
     """The limit of the second job begins after the second of CPU time of the first job."""
     given = [(Path("film.mp4"), {"wanted": "work"})] * 2

@@ -84,7 +84,6 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.slow
 def test_onnx_file_takes_any_number_of_clips_and_frames(nearest, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
     facts, path = export(nearest.workdir, "onnx"), tmp_path / "out" / "model.onnx"
@@ -362,6 +361,7 @@ def core():
         return pytest.importorskip("openvino").Core()
 
 
+@pytest.mark.slow
 def test_openvino_operations_equal_jax_operations(core):
     """OpenVINO computes int64 as int32. Its TopK returns equal values in any order."""
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma", "log_sigmoid", "uint32"})

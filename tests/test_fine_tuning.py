@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, small_runs as small
-from tests.helpers.cases import nightly_after_first
+from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
@@ -69,8 +69,9 @@ def flat(state):
     return small.flat({"params": state.params, "model_state": state.model_state})
 
 
-@pytest.mark.slow
-@nightly_after_first("name", ["quality_fusion", "noise_classes", "mma", "deepmef"], 2)
+@pytest.mark.parametrize("name", quick_first([
+    "quality_fusion", *quick_first(["noise_classes", "mma", "deepmef"], 1, pytest.mark.nightly)
+]))  # fmt: skip
 def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(data, half_run, name):
     spec = f"configs/{name}.py:iqiyi_vid"
     folder, config = half_run(spec), small.shrunk(spec=spec)

@@ -10,8 +10,6 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.evaluation import predict
 from vidjax.utils.errors import VidjaxWarning
 
-pytestmark = pytest.mark.slow  # trains
-
 
 @pytest.fixture(scope="module")
 def run(trained, official_dir):
@@ -26,6 +24,7 @@ def made(tmp_path_factory, run, data):
     return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", run, data)
 
 
+@pytest.mark.slow
 def test_gallery_has_the_settings_and_clips_of_its_run_and_ranks_like_it(made, run, data):
     """At most 3 training clips lack a usable frame. All strangers are distractors of val."""
     assert made.backend.settings._asdict() == run.manifest["settings"] | {"within": 0.5}  # fixed
@@ -63,6 +62,7 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data,
     assert {name: answer.identity for name, answer in gallery.identify(clips).items()} == people
 
 
+@pytest.mark.slow
 def test_gallery_is_fitted_again_if_clips_are_as_alike_as_photos_of_one_day(
     tmp_path, run, data, made, monkeypatch, capsys
 ):

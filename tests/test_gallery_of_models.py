@@ -98,6 +98,7 @@ assert main(["export", "g", "--to=arrays", "--format=numpy"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
     """USE_GALLERY cannot import packages of ABSENT. The net is not needed after enrolment."""
     friends = draw(1, people=3, clips=3)
