@@ -333,7 +333,7 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """`str(face)` without a name at the end: `people/Ada/IMG_1.f02`, not `.../IMG_1.f02/Bob`."""
+        """`str(face)` without a tag: `people/Ada/IMG_1.f02`, not `people/Ada/IMG_1.f02/Bob`."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod
