@@ -47,9 +47,9 @@ class TableTask:
     joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Calls `open_trained(*args)`, such as `vidjax.restore(run)`, to open a model or gallery.
+        """Opens a model or gallery: calls `open_trained(*args)`, such as `vidjax.restore(run)`.
 
-        `options` are keyword arguments of its method `rank` or `identify`; `Embed` needs none.
+        `options` are keyword arguments for the method `rank` or `identify` of the model or gallery.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -290,9 +290,9 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings of the tables of clips `inputs` to one ranking, sorted by identity.
+    """Joins several rankings to one ranking, sorted by identity.
 
-    `folder` contains the ranking of each table, in a file with the name of the table.
+    `inputs` are tables of clips. The ranking of a table is in `folder`, under the same file name.
     """
     import pyarrow
     from pyarrow import parquet

@@ -85,7 +85,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("the mean of `same` must be below 1 and above the mean of `different`")
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
-            raise ValueError("`same` or `different`: deviation of cosines above sqrt(1 - mean^2)")
+            raise ValueError("`same` and `different` need a deviation of at most sqrt(1 - mean^2)")
 
     @property
     def is_measured(self) -> bool:
@@ -176,7 +176,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
     """A card, the JSON file that describes a net, after it was read from the file `path`.
 
-    `digest` is the sha256 that the file had before `vidjax measure-card` changed it, if it did.
+    `digest` is the sha256 of this file. `vidjax measure-card` changes the file, but not `digest`.
     """
 
     path: Path
@@ -247,10 +247,7 @@ def read(path: Path) -> Card:
 
 
 def replace_back_end(card: Card, back_end: BackEnd) -> None:
-    """Writes the new statistics `back_end` into the JSON file of the net that `card` describes.
-
-    Galleries and features still know the net: `read` returns the same `Card.digest` as before.
-    """
+    """Writes new statistics `back_end` into the JSON file of a net. Keeps the digest of `card`."""
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
     values: dict[str, Any] = {name: getattr(card, name) for name in names}

@@ -1,11 +1,11 @@
 """Reads what users said about faces in results of version 0.1.0 of `vidjax who`.
 
 Later versions have a log, see `said`. In version 0.1.0, the gallery stored which person a face
-shows, or does not show. The file `unknown.json` stored in its fields:
+shows, or does not show. The file `unknown.json` stored numbers of unknown people, in its fields:
 
-    films    the unknown person's number of each face; 0 for a face that the user ignores
+    films    digest of a film -> clip -> number of the person; 0 if the user ignores the face
     fixed    the numbers that never change
-    apart    pairs of numbers of people who differ, as a user said
+    apart    pairs of numbers; a user said that the two people differ
 """
 
 import contextlib
@@ -47,9 +47,9 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Yields (face, value) of the clips in `films`: digest of a film -> clip -> value.
+        """Finds clips in the folder of results; yields (`SeenClip`, value) for each found clip.
 
-        Clips that the folder of results does not contain are left out.
+        `films` are the clips to find: digest of a film -> clip -> value.
         """
         for digest, of in films.items():
             for clip, value in of.items():
@@ -149,10 +149,10 @@ def list_lines(out: Path, gallery: "State") -> list[Line]:
 def _list_photos(
     results: _Results, clips: Mapping[str, str | None], photos: Mapping[str, str]
 ) -> Iterator[Line]:
-    """Yields lines for the log, see `said`, about photos whose person a user has changed.
+    """Yields lines for the log, see `said`, about faces in photos that a user has renamed.
 
-    `clips` are clip -> present person, or None for a stranger. `photos` are clip -> the person
-    whom the folder or a face tag of the photo names.
+    `photos` are face -> name from the folder or a face tag of the photo. `clips` are face -> name
+    in the gallery, or None for a stranger.
     """
     for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
         names = Counter(name for clip in of if (name := clips[clip]))
@@ -165,7 +165,7 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields log lines with what users said in `content`, the JSON object in `unknown.json`."""
+    """Converts `content`, the JSON object in `unknown.json`, to lines of the log."""
     located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
     faces_of = group_by_key((number, x) for x, number in located)
     for x in faces_of.pop(0, ()):

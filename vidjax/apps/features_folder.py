@@ -180,7 +180,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
     def __post_init__(self) -> None:
         _check_file_name(self.video)
         if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
-            raise ValueError("a face tag (`lost_tags`, or `name` in `tracks`) is no valid name")
+            raise ValueError("`lost_tags` or a `name` in `tracks` is no valid name of a person")
 
     @property
     def is_dark(self) -> bool:
@@ -238,10 +238,10 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings to extract films into a folder, or None if all values are None.
+    """Returns the settings for an extraction into `folder`, or None if `given` has no values.
 
-    `given` maps names of settings to values. A setting with the value None keeps its stored value,
-    or its default in a new folder.
+    `given` are setting -> value. The value None stands for the stored value of the setting, or in
+    a new folder for its default.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -295,8 +295,7 @@ def describe_media_files(out: Path) -> dict[str, MediaFile]:
 def find_unread(out: Path) -> dict[str, MediaFile]:
     """Finds films and photos whose features were deleted when the nets changed.
 
-    Returns stem -> content of the JSON file, for files in the folder `out`. The stem is the name of
-    the film or photo without its ending.
+    Returns STEM -> content of `OUT/videos/STEM.json`. For STEM, see `make_stem`.
     """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
@@ -319,11 +318,10 @@ def has_features(out: Path, stem: str) -> bool:
 
 
 class PhotoFace(NamedTuple):
-    """A face of a photo in a folder of results.
+    """A face in a photo from a folder with the name of a person.
 
-    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
-    tag names another person than the folder, the clip's name ends with the person of the tag, as in
-    `.../IMG_1.f02/Bob`.
+    `str(face)` is the name of the face in the gallery: `people/Ada/IMG_1.f02` is face 2 of a photo
+    from the folder Ada. If a face tag names this face Bob, it is `people/Ada/IMG_1.f02/Bob`.
     """
 
     folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
@@ -335,12 +333,12 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """`str(face)` without the person of a face tag, for example `people/Ada/IMG_1.f02`."""
+        """`str(face)` without a tag: `people/Ada/IMG_1.f02`, not `people/Ada/IMG_1.f02/Bob`."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Makes a face from `clip`, the text `str(face)`; returns None for a clip of a film."""
+        """Parses a name such as `people/Ada/IMG_1.f02/Bob`; returns None for a clip of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -370,7 +368,7 @@ class SeenClip(NamedTuple):
 
 
 class FaceFinder:
-    """Looks up the faces of clips in the files of a folder of results. Reads each file once."""
+    """Finds the face in a clip by the clip's name. Reads each file of the results only once."""
 
     def __init__(self, out: Path):
         self._out, self._people = out, locate_people(out)
@@ -387,9 +385,9 @@ class FaceFinder:
 
 
 def set_aside(out: Path) -> None:
-    """Deletes all features in a folder, so that other nets can compute them again.
+    """Deletes the features and thumbnails in a folder, before other nets compute new features.
 
-    The JSON files that describe the films and photos are kept.
+    Keeps the JSON files that describe films and photos, except damaged files.
     """
     known = describe_media_files(out)
     for path in out.glob("*.npz"):

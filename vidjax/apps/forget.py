@@ -150,7 +150,7 @@ def forget(
 
 
 def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gallery]:
-    """Opens and yields the galleries in `folders`. Adds unreadable folders to `found`."""
+    """Opens and yields the galleries in `folders`. Adds reports on unreadable ones to `found`."""
     for folder in folders:
         try:
             yield Gallery(folder)
@@ -163,11 +163,11 @@ def _search_galleries(
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds clips of `people`, clips with the names `asked`, and copies, see `_find_copies`.
 
-    If `delete` is True, the found clips are deleted. Doubtful clips (`_find_copies`), clips with
-    the name of a found clip, and clips whose name contains a name of `people`, are only reported.
+    If `delete` is True, deletes these clips. Other clips whose name or vector points to
+    `people` are reported, but never deleted.
 
-    Returns three values: reports about galleries; the names of the found clips; and the vectors of
-    the found clips, arrays [D] float32.
+    Returns reports about galleries, the names of the found clips, and vectors of the found clips,
+    arrays [D] float32.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -278,11 +278,10 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
 
 
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Searches the files of `survey` for `traces`, the names and vectors to find.
+    """Searches the files of `survey` for `traces`; yields a `Place` for each file with a trace.
 
-    Yields a `Place` for each file that contains a trace, or for its folder, such as a training
-    run, see `Survey.find_whole`. If `delete` is True, deletes converted datasets and unfinished
-    files that contain a trace.
+    If the file is in a folder such as a training run, see `Survey.find_whole`, the `Place` is the
+    folder. If `delete` is True, deletes converted datasets and unfinished files with a trace.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:

@@ -110,7 +110,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
         `vote` has no person                       `vote`
         no answer in `own` has the person P        the answer for the clip in `own`
         the clip's probability of P is below 0.1   the answer for the clip in `own`
-        otherwise                                  `vote`, with the lower probability of P
+        otherwise                                  `vote`, but at most the clip's probability of P
 
     Args:
       vote: the answer for all clips of the group together.
@@ -124,7 +124,6 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Returns the answer for one clip, by the last two lines of the table in `join_answers`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -163,7 +162,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON: the attributes, and `low` and `high`, the ends of `interval`."""
+        """Returns values for JSON: the attributes, and `interval` as `low` and `high`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
     def describe(self) -> dict[str, str]:
@@ -228,7 +227,7 @@ class NamingRule(NamedTuple):
     def describe(self, doubtful: int = 0) -> dict[str, str]:
         """Returns the lines that describe the rule for the user: label -> text.
 
-        `doubtful` is the result of `count_doubtful`. Only rules of the kind `new` mention it.
+        `doubtful` is the number of clips that nearly get a name, see `count_doubtful`.
         """
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
@@ -444,8 +443,8 @@ def rank(
 ) -> dict[str, list[tuple[str, float]]]:
     """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    `vectors` are the vectors of the clips. If `rule.default` is False, a list contains only clips
-    that get the name of the person. For `advance`, see `Gallery.rank`.
+    `vectors` are the vectors of the clips. If the user chose the rule (`rule.default` is False), a
+    list contains only clips that get the name of the person. For `advance`, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)

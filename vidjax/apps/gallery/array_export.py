@@ -83,13 +83,10 @@ def write_table(gallery: Gallery, path: Path) -> int:
 def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
     """Returns the arrays that `reader.py` of an exported gallery needs: name -> array.
 
-    `evaluation.export.array_files` explains each array. People are in the order of
-    `gallery.index.names`. Raises UserError if nobody is enrolled. The arrays of a modality depend
-    on how its vectors are compared:
-
-    - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
-    - By distances: `share`, `radius`, `card` and `variance` of `index.DistanceRatios`, but
-      `Distances.within` is added to `variance`.
+    People are in the order of `gallery.index.names`. For the arrays of a modality with PLDA, see
+    `evaluation.export.array_files`. A modality with distances has `share`, `radius` and `card` of
+    `index.DistanceRatios`, and `variance`, the sum of `DistanceRatios.variance` and
+    `Distances.within`. Raises UserError if nobody is enrolled.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

@@ -3,8 +3,8 @@
 A clip has a vector for each of M modalities, such as face or audio. The vector of a missing
 modality is 0. Vectors are compared in one of two ways:
 
-- Vectors from a training run, by PLDA: `fit` learns the parameters from labelled clips. PLDA also
-  compares the vectors of a run of another model. The only modality is then `embedding`.
+- Vectors from a training run, by PLDA: `fit` learns the parameters from labelled clips. If the
+  model of the run is not a PLDA model, the only modality is `embedding`.
 - Vectors from embedding nets, by distances: the JSON file of a net contains the parameters.
 
 A clip is compared with all people in float32, and again with the most probable people in float64.
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for "audio" in a gallery made from nets, because the speaker may be off screen."""
+        """True for `audio` vectors of an embedding net, because the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
+        """Computes `linear` [P, D] and `constant` [P] of `People`, for P people and this modality.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of the unit
         vectors of these clips.
@@ -179,8 +179,8 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: like `vectors`. Only the fit of `settings` uses it, to enrol people. Row n may be
-        the mean of several clips of the person `labels[n]`. Default: `vectors`.
+      enrolled: like `vectors`, but row n may be the mean of several clips of the person
+        `labels[n]`. Not used if `settings` are given. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips gets a lower limit, see `two_covariance.covariances`.
@@ -263,11 +263,11 @@ def compare_equal(old: Backend, new: Backend) -> bool:
 def _sum_clips(
     part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n [P] of each person's clips, and n times their mean vector, [P, D].
+    """Returns a count n [P] of each person's clips, and n times the person's mean vector, [P, D].
 
-    The mean is over the unit vectors of `x` [N, D], the clips' vectors in a modality. With PLDA,
-    clips of a film count as one clip, and similar clips of a person count as fewer clips if `exact`
-    [P] is False. For `owner` and `film`, see `Backend.enrol`.
+    `x` [N, D] are the vectors of the clips in one modality. With PLDA, n is lower if clips are from
+    the same film, or if clips are similar and `exact` [P] is False. `owner`, `film` and `exact`
+    (`independent`) are as in `Backend.enrol`.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -313,7 +313,7 @@ class Kind(Struct, omit_defaults=True):
 
     @property
     def sizes(self) -> list[int]:
-        """The number of values in each whole array that `Part.arrays` returns."""
+        """The size (number of values) of each array that `Part.arrays` returns."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]

@@ -79,7 +79,7 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
 
 
 def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds modalities, such as voices, to a gallery of nets; returns the added modalities.
+    """Adds modalities, such as voices, to a gallery whose vectors nets compute; returns them.
 
     The folder `models` contains the nets of the gallery, and nets for the new modalities. Enrolled
     clips lack the new modalities until `labelling.complete` adds them. If only the numbers in the
@@ -148,9 +148,9 @@ def compare(state: State) -> Comparison:
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`: True, False, or None for unknown. Only
-    a net whose card (JSON file) has default numbers is checked; for all other nets, the result is
-    None. For `vectors` and `apart`, see `Gallery.check_apart`.
+    Returns `state` with the result in the field `separates`: True, False, or None for unknown. If
+    the statistics in the card (the JSON file of the net) were measured, the result is None. For
+    `vectors` and `apart`, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
@@ -181,8 +181,7 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
     """Checks with `judge` whether the net of a gallery separates people; stores the result.
 
-    `cosines` are the cosine similarities of faces and their mirror images. If they are low, the
-    net does not separate people.
+    `cosines` are the cosine similarities of faces and their mirror images.
     """
     with gallery.change() as draft:
         state = judge(draft.present, cosines)
@@ -211,10 +210,10 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Prints a warning about the problem that `compare` finds; returns the text.
+    """Prints why clips get wrong names or no names, and a remedy; returns the text.
 
-    The text is "" if there is no problem. A text that equals `known`, the text of an earlier call,
-    is not printed.
+    The text is "" if all is well. A text that equals `known`, the text of an earlier call, is not
+    printed.
     """
     problem = _describe_problem(state)
     if problem not in ("", known):

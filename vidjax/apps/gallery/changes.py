@@ -47,12 +47,13 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        `clips` are name -> clip. If a clip is already enrolled for a stranger, it gets the
-        `identity` of the given clip. Any other clip that is already enrolled is skipped.
+        `clips` are name -> clip. If a clip is already enrolled for a stranger, it gets the given
+        `identity`. A clip is skipped if it is already enrolled for the given `identity`, or if it
+        is enrolled for a person and the given `identity` is None.
 
         Raises:
-          UserError: a clip is malformed, or already enrolled for another person or with another
-            vector. Then no clip is added.
+          UserError: a clip is malformed, or enrolled for another person or with another vector.
+            Then no clip is added.
         """
         width = sum(self.present.index.backend.widths.values())
         checked: dict[str, StoredClip] = {}
@@ -198,7 +199,7 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns whether `clip` is new, or gives a person to an enrolled clip of a stranger.
+        """Returns True if no clip `name` is enrolled, or if it is a stranger's and `clip` is not.
 
         Raises UserError if `clip` and the enrolled clip `name` contradict each other.
         """

@@ -39,8 +39,8 @@ def enrol(
       backend: the parameters of the comparison.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: If True, similar clips count fully for a person if PLDA was fitted to all of the
-        person's clips.
+      of_plda: True for the settings of a PLDA run. If PLDA was fitted to all clips of
+        a person, similar clips of the person then count fully.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):
@@ -98,8 +98,8 @@ def stack_people(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`.
 
-    For each person in each film, `vectors` has one clip, and `enrolled` the mean of all clips.
-    Strangers are left out. `clips` are name -> clip. `widths` are modality -> length of a vector.
+    A row is for a person, not a stranger, in a film. It is one of the person's clips in `vectors`,
+    and the mean of these clips in `enrolled`. `widths` are modality -> length of a vector.
     """
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
@@ -138,9 +138,9 @@ def make_state(
 
 
 def check_width(backend: Backend) -> int:
-    """Returns the length of a clip's vector, the sum over all modalities.
+    """Returns how many numbers the vector of a clip has, in all modalities together.
 
-    Raises UserError if the vector is too long for a gallery.
+    Raises UserError if a gallery cannot store so many numbers.
     """
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:

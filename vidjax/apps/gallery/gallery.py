@@ -7,9 +7,9 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-Thresholds are measured on strangers, clips of people who are not enrolled. The parameters of the
-comparison are called the back end. The order of changes does not matter: probabilities differ
-by at most 1e-6 from those of a new gallery with the same clips and back end.
+Thresholds are measured on strangers, clips of people who are not enrolled. The back end contains
+the parameters by which clips are compared with people. The order of changes does not matter:
+probabilities differ by at most 1e-6 from those of a new gallery with the same clips and back end.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. Other
@@ -21,10 +21,10 @@ the folder. If writing fails, folder and memory stay as they were. For a disk th
 of a change, see `store.UncertainWriteError`.
 
 A removed person leaves no trace in the folder. A back end that was fitted to a clip may reveal
-the clip's vector, so `remove` fits a new back end to the clips that are left. Enrolling clips does
-not change the back end. `create` enrols the training clips of a run. With `empty=True`, it does not
-enrol the training clips, but fits the back end to them, too. The run always depends on its training
-clips: to forget one of them, train a new run without this clip, and create a new gallery.
+the clip's vector, so `remove` fits a new back end to the clips that are left. `create` fits the
+back end to the training clips of a run, and enrols these clips, except with `empty=True`. Enrolling
+clips later does not change the back end. The run always depends on its training clips: to forget
+one of them, train a new run without this clip, and create a new gallery.
 """
 
 import contextlib
@@ -87,9 +87,9 @@ class Gallery:
         """Opens the gallery in `folder`.
 
         Args:
-          run: the training run that computed the vectors, or its folder. The default is the folder
-            that is stored in the gallery. If the run is no longer there, the default is the folder
-            of the same name in `runs`, next to the gallery. The run is loaded when it is needed.
+          run: the training run that computed the vectors, or its folder. Default: the folder that
+            the run had when the gallery was made, or else the folder of the same name in `runs`,
+            next to the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -120,9 +120,9 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery, and enrols the labelled training clips of a run.
 
-        Clips are compared by PLDA. A PLDA run gives the settings of PLDA, such as `scale`. For
-        other runs, the settings are fitted to the training clips. They are also fitted, with a
-        message, if the training clips of a person are as alike as photos of one day.
+        Clips are compared by PLDA. A PLDA run gives the settings of PLDA, such as `scale`. The
+        settings are fitted to the training clips if the run is no PLDA run, or (with a message) if
+        the training clips of a person are as alike as photos of one day.
 
         Args:
           folder: a new or empty folder.
@@ -232,7 +232,7 @@ class Gallery:
 
     @property
     def index(self) -> Index:
-        """The enrolled people, and the coefficients that compare clips with them."""
+        """The object that compares clips with the enrolled people."""
         return self._state.index
 
     @property
@@ -277,7 +277,7 @@ class Gallery:
 
     @property
     def run(self) -> "Predictor":
-        """The training run that computes vectors.
+        """The loaded model of the training run. It computes the vectors of clips.
 
         Raises:
           ValueError: the gallery has no run, the run is missing, or its weights have changed.
@@ -464,8 +464,8 @@ class Gallery:
             default, it is 1. Two groups that contain only unclear faces, with a clarity below 0.35,
             are never joined.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: numbers in `together` that stand for different people. Clips with two of these
-            numbers are never in the same group.
+          settled: some numbers in `together`. Clips with different settled numbers are never in
+            the same group.
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
@@ -483,10 +483,10 @@ class Gallery:
         `vectors` are the vectors of the clips. `apart` are pairs of clips that certainly show
         different people: (clip, other clip, clarity of the better face, 0 to 1).
 
-        Only a face net whose card (JSON file) has default numbers, which nobody has measured, is
-        checked. If the pairs contradict the card, `identify` gives no names. If at most two people
-        are enrolled, it gives names only after a successful check. The result is not written to
-        the disk.
+        A face net is checked only if the statistics in its card (JSON file) were never measured.
+        If the pairs contradict the card, `identify` gives no names. If at most two people are
+        enrolled, `identify` gives names only after a successful check. The result of the check is
+        not written to the disk.
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -533,10 +533,9 @@ class Gallery:
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. Only a gallery made from nets accepts groups.
-            The clips of a group are identified together, and each clip is also identified singly.
-            A clip gets the name of its group, with the lower one of the probabilities of this name
-            for the group and for the single clip. If the single clip has a probability below 0.1
-            for this name, it gets its single answer.
+            The clips of a group get the name that fits all of them together. A clip gets another
+            answer if, without the group, its probability of this name is below 0.1. For all rules,
+            see `answers.join_answers`.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -587,7 +586,7 @@ class Gallery:
     def verify_person(
         self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
-        """Verifies clips as `verify`; also returns the rule, and the person's doubtful clips.
+        """Verifies clips as `verify`; also returns the rule to accept a clip, and doubtful clips.
 
         Doubtful clips are enrolled clips that do not fit the person's other clips, see
         `find_misfits`. All parts of the result are from the same content of the gallery, even if
@@ -615,15 +614,15 @@ class Gallery:
     ) -> dict[tuple[str, str], Match]:
         """Decides for pairs of clips if they show the same person.
 
-        If the card (JSON file) of the face net has default numbers, which nobody has measured, no
-        pair is accepted until three people are enrolled, or `check_apart` has shown that the net
-        separates people. In all other galleries, nobody needs to be enrolled.
+        If the statistics in the card (JSON file) of the face net were never measured, no pair is
+        accepted until three people are enrolled, or `check_apart` has shown that the net separates
+        people. In all other galleries, nobody needs to be enrolled.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If
             `others` is None, each of `clips` is compared with each other clip.
-          fmr: as in `verify`. The threshold is measured on pairs of clips of strangers. No clip
-            is in two pairs, so `compare` needs twice as many clips as `verify`.
+          fmr: as in `verify`, but the threshold is measured on pairs of clips of strangers. A clip
+            is in at most one pair. So `compare` needs twice as many clips of strangers.
 
         Returns:
           (clip, other clip) -> comparison.

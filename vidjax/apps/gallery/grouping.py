@@ -172,7 +172,7 @@ def group(
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
         """Joins similar groups of the clips `rows` (indices); returns the new group of each clip.
 
-        If `absorb` is True, step 2 of the module (small groups) is done, too.
+        If `absorb` is True, small groups are then joined to larger groups, see `_absorb`.
         """
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
@@ -266,8 +266,7 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
     """Joins groups of at most MAX_SMALL_CLIPS clips to larger groups that show the same person.
 
-    `labels` [G] int is the result of `agglomerate`: indices of `groups`. Returns new `labels`, in
-    which the index of a larger group replaces the indices of the groups that were joined to it.
+    `labels` and the result are as the result of `agglomerate`: old index of a group -> new index.
     """
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:

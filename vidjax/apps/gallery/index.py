@@ -149,12 +149,12 @@ class Ratios:
     `two_covariance.Enrolled`.
 
     Attributes:
-      curve: [U, D] float64, a row for each of the U different numbers of enrolled clips.
+      curve: [U, D] float64, coefficients of this formula for U different numbers of clips.
       kind: [N] int, the row of each person in `curve`.
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares the comparison of clips with N people.
+        """Prepares the comparison of clips with N people in one modality.
 
         `part` are the parameters of the modality. `scale` is a factor of all log-likelihood ratios.
         `count` [N] and `constant` [N] are `num_clips` and `constant` of `People`.
@@ -168,10 +168,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes what `finish` needs from `units` [Q, D], the unit vectors of Q clips.
+        """Computes the input of `finish` from `units` [Q, D], the unit vectors of Q clips.
 
-        Returns two arrays: the scaled PLDA coordinates z, [Q, D], and the scaled inner products of
-        z^2 and the rows of `curve`, [Q, U].
+        Returns scale * z, [Q, D], and scale * z**2 @ curve.T, [Q, U]. Here, z [Q, D] are the PLDA
+        coordinates of the clips. For `curve` [U, D], see the class.
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -182,10 +182,10 @@ class Ratios:
         """Turns inner products into log-likelihood ratios, in place.
 
         Args:
-          ratios: inner products of a clip's first result of `ask` and a person's row in
-            `People.linear`: [Q, R] for Q clips and R people, or [R] for R pairs (clip, person).
+          ratios: inner products for Q clips and R people, [Q, R], or for R pairs (clip, person),
+            [R]. The factors are the first result of `ask` and `People.linear`.
           rows: the indices of the R people.
-          owner: the indices of the clips, [Q, 1] if `ratios` are [Q, R], and [R] for R pairs.
+          owner: the indices of the clips in `terms`, [Q, 1] or [R].
           terms: the second result of `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
@@ -224,11 +224,11 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
+        """The array `card` of an exported gallery, for its `reader.py`, [5] float64.
 
-        The numbers are `same` and `different` of `Distances`, the lower limit of squared distances,
-        and two numbers a and b. If a clip shows a stranger, its log density is a - b s. Here, s is
-        the squared distance of the clip from the mean of all people.
+        The array is [`Distances.same`, `Distances.different`, lower limit of squared distances, a,
+        b]. The log density of a clip of a stranger is a - b s, where s is the squared distance of
+        the clip from the mean of all people.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -238,11 +238,11 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes what `finish` needs from Q groups of clips.
+        """Computes the input of `finish` for Q groups of clips.
 
         `units` [Q, D] are the means of the unit vectors. `effective` [Q] are the effective numbers
-        of clips, see `card_backend.effective_count`. Returns two arrays: `units` minus the mean of
-        all people, [Q, D], and four numbers of each group, the argument `terms` of `finish`.
+        of clips, see `card_backend.effective_count`. Returns `units` minus the mean of all people,
+        [Q, D], and `terms` for `finish`, [Q, 4].
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -306,9 +306,9 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """Whether the variances of enrolled face vectors fit the card, the JSON file of the net.
+        """The comparison of enrolled face vectors with the card, the JSON file of the face net.
 
-        If the gallery has no card of a face net, the value is NO_PROBLEM.
+        The value is NO_PROBLEM if the gallery has no card of a face net.
         """
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
@@ -453,7 +453,7 @@ class Index:
                 yield new, clip_logits, rows, clip_fine, has_part
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Collects the results of `ask` of all modalities, for Q groups of clips.
+        """Prepares Q groups of clips for the comparison with people.
 
         `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
         `effective` are the effective numbers of clips, M arrays [Q], see `DistanceRatios.ask`.
@@ -512,9 +512,9 @@ class Index:
         """Turns inner products into log-likelihood ratios, and adds the ratios of all modalities.
 
         Args:
-          products: for each of M modalities, the argument `ratios` of `Ratios.finish`, [Q, R] or
-            [R]. The arrays are overwritten.
-          rows, owner: see `Ratios.finish`. The indices of clips are indices in `queries`.
+          products: inner products of clips and people, an array for each modality. The products,
+            `rows` and `owner` are as for `Ratios.finish`. The arrays are overwritten.
+          queries: the clips. `owner` contains indices in `queries`.
 
         Returns:
           the sums (logits), [Q, R] or [R].
@@ -562,7 +562,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K] of logits [K]. The highest result is exact even near 0."""
+    """Returns the log softmax [K] of logits [K]. It is exact even for a probability near 1."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)
