@@ -240,7 +240,7 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Raises UserError if the gallery file is missing, or unsafe to read or (`write`) to change."""
+        """Raises UserError if the gallery file is missing or unsafe or, if `write`, a hard link."""
         try:
             status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
