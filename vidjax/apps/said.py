@@ -7,13 +7,13 @@ of a step have the same time `when`. The field `says` of a line is one of these 
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    this face and the face `of` show the unknown person `number`. So do all faces of the
-            unknown person `person`, such as `unknown 7`, if `person` is given
+    same    the face shows the unknown person `number`, as does the face `of`. If `person`, such as
+            `unknown 7`, is given, all faces of `person` show the unknown person `number`, too
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
     ignore  the face gets no name. If `of` is "once", only until the gallery knows the person
     rename  the person `person` is called `of` from now on
-    undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
-            face counts
+    undo    the step with the time `of` does not count. If `of` is null, earlier lines `is` and
+            `ignore` about the face do not count
     forgotten  replaces the lines of a forgotten person
 """
 
@@ -118,7 +118,7 @@ def stamp(lines: Iterable[Line]) -> list[Line]:
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns the log line that undoes `lines`, one change of a user. [] if `lines` is empty."""
+    """Returns a list with the log line that undoes the step `lines`; [] if `lines` is empty."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
@@ -188,7 +188,7 @@ def _is_whole(text: bytes) -> bool:
 
 
 def _end_last_line(path: Path) -> None:
-    """Adds a missing line break at the end. If the last line is incomplete, removes it."""
+    """Adds the line break that the last line lacks, or removes the line if it is not valid JSON."""
     content = files.read_bytes(path, MOST_BYTES)
     begin = content.rfind(b"\n") + 1
     if end := content[begin:]:

@@ -85,9 +85,8 @@ class Traces:
         """Sets the names and embeddings to search.
 
         `names` are the names of people and clips. `vectors` are the embeddings [D] of the clips.
-        Each modality, such as face, may have another length D. `lines` are further names, which may
-        be as short as `1`. They are searched only in arrays of uint8 that contain text, and must be
-        a whole line of the text.
+        Each modality, such as face, may have another length D. `lines` are names that may be short,
+        such as `1`. They are found only as whole lines of text that a file stores as uint8 arrays.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For
@@ -135,11 +134,7 @@ class Traces:
         return None
 
     def _list_strings(self, head: bytes) -> Iterator[str]:
-        """Yields the text in a file of another program, if the text may contain a name.
-
-        `head` are the first bytes of the file. Of a binary file, only the printable parts are
-        yielded.
-        """
+        """Yields the text in `head`, the first bytes of a file, if it may contain a name."""
         if any(piece in head.lower() for piece in self._pieces):
             is_text = b"\0" not in head
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))

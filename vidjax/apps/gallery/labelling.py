@@ -136,10 +136,10 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds clips in `vectors` that are enrolled under the same name, with the same vectors.
+    """Finds clips in `vectors` that are enrolled with the same clip name and the same vectors.
 
-    Returns clip -> enrolled person, or None if the clip is enrolled for a stranger. If an enrolled
-    clip lacks a modality, such as face, this modality is not compared.
+    Returns clip name -> enrolled person, None for a stranger. If an enrolled clip lacks a modality,
+    such as face, this modality is not compared.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
@@ -149,12 +149,10 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
 def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]:
     """Finds clips that are enrolled for one person, but seem to show another enrolled person.
 
-    `clips` are name -> clip. Returns clip -> the other person. The other person has a clip with an
-    equal vector, or is more than 200 times as probable in the clip as a stranger. If the two people
-    only look alike, as twins do, the clip is left out, see `_is_twin`.
-
-    If a comparison of all `clips` would take minutes, the last clips are not compared, and a
-    message says so. If the net cannot tell people apart, the result is empty.
+    `clips` are name -> clip. Returns clip name -> the other person. If the two people only look
+    alike, as twins do, the result lacks the clip. If the net cannot tell people apart, the result
+    is empty. If a comparison of all `clips` would take minutes, the last clips are not compared,
+    and a message says so.
     """
     index, rivals = state.index, dict[str, str]()
     owned = [name for name, clip in clips.items() if clip.identity in state.clips_of]
@@ -178,7 +176,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether `clip` shows its own person, and the other person `like` only looks alike."""
+    """Returns whether the clip `name` shows the person for whom it is enrolled, and not `like`."""
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
@@ -241,10 +239,8 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     """Enrols clips of the gallery `old` in the gallery `new`, which has other nets or another run.
 
     `clips` are these clips in a form that `new.embed` accepts. The person of a clip is taken from
-    `old`. Further calls can add further clips. After an error, `new` is unchanged.
-
-    Raises:
-      UserError: `old` has none of the usable `clips`, or lacks a clip of a person in `new`.
+    `old`. Further calls can add further clips. Raises UserError, and leaves `new` unchanged, if no
+    usable clip of `clips` is in `old`, or if `new` already has a person's clip that `old` lacks.
     """
     old.refresh()
     person_of = {strip_ending(name): clip.identity for name, clip in old.clips.items()}

@@ -38,7 +38,7 @@ class Summary(NamedTuple):
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Changes the shape [G] to [G, 1], so that `compare` with H groups compares all pairs."""
+        """Reshapes [G] groups to [G, 1], so that `compare(x.across(), y)` compares all pairs."""
         return self.take((slice(None), None))
 
 
@@ -82,11 +82,11 @@ def invert(backend: "Backend") -> list[np.ndarray | None]:
 def measure_noise(
     part: "Part", count: np.ndarray, mean: np.ndarray, inverse: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns [G] for G groups of clips: the variance of the mean / the variance of one clip.
+    """Returns [G]: the variance of the mean of a group, relative to the variance of one clip.
 
-    A value is 1 / k for k independent clips. For similar clips it is larger. `count` [G] and `mean`
-    [G, D] are the number and the mean of the clips of a group. `inverse` is the inverse of
-    `Space.transform`. Only PLDA needs `inverse`.
+    A value is 1 / k for k independent clips, and larger for similar clips. `count` [G] and `mean`
+    [G, D] are the number and the mean of the clips in each group. Only PLDA needs `inverse`, the
+    inverse of `Space.transform`.
     """
     num = np.maximum(count, 1)
     if part.space is None:

@@ -210,8 +210,8 @@ def fit(
 def pad_batches(run: "Predictor", source: "ClipSource", split: str) -> "Iterator[Batch]":
     """Yields the clips of a split in batches of EMBED_ROWS clips.
 
-    All modalities of a clip are padded to the same length, the smallest possible length in
-    PAD_LENGTHS. So there are few different shapes, and JAX compiles few programs.
+    All clips and modalities of a batch are padded to one of the lengths in PAD_LENGTHS. So JAX
+    compiles few programs.
     """
     modalities = tuple(run.modalities)
     lengths = longest(source.split(split), modalities)

@@ -97,7 +97,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether similar clips of a person count fully, see `of_plda` in `enrolment.enrol`."""
+        """Whether similar clips may count as independent, see `of_plda` in `enrolment.enrol`."""
         return self.centred and not self.refitted
 
 
@@ -182,7 +182,7 @@ class UncertainWriteError(OSError):
 
 
 class NoGalleryError(UnreadableError):
-    """A folder contains no gallery, or its file is empty."""
+    """A folder contains no gallery file, or an empty gallery file."""
 
 
 class Store:
@@ -240,11 +240,7 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Raises UserError if the file of the gallery is missing or unsafe.
-
-        Unsafe are a symbolic link, a journal that contains the path of another file, files of
-        SQLite's mode WAL (-wal, -shm), and, if `write` is True, a hard link.
-        """
+        """Raises UserError if the gallery file is missing or unsafe or, if `write`, a hard link."""
         try:
             status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -311,7 +307,7 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns the sha256 of the content, as stored in the file. The content is not read."""
+        """Reads the stored sha256 of the gallery's content. The content itself is not read."""
         with self.open() as connection, _translate_errors(self.path):
             return _read_facts_row(connection)[1]
 
@@ -606,7 +602,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(f"a modality occurs twice, or a vector of {width:,} numbers is too long")
+        raise UserError(f"'gallery' lists a modality twice, or too long vectors: {width:,} numbers")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -636,8 +632,8 @@ def _read_table(
 ) -> tuple[list[list[str]], np.ndarray, int]:
     """Reads and checks the table `backend`, `person` or `clip`, with N entries.
 
-    Returns `words` and `numbers` as `_append` takes them, and the checksum of the table.
-    `num_words` (0, 1 or 2) is the number of lists in `words`. `layout` is the dtype of `numbers`.
+    Returns `num_words` (0, 1 or 2) lists of N names; the numbers [N], with the dtype `layout`; and
+    the checksum of the table.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -659,10 +655,7 @@ def _read_table(
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid.
-
-    `names` begins with `clips`, which must not be "". The rest are people, or "" for strangers.
-    """
+    """Raises UserError if one of `names` is invalid, or if `clips`, its beginning, contains ""."""
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
@@ -676,7 +669,7 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
-        raise UserError("the table 'backend' has more or fewer numbers than 'gallery' needs")
+        raise UserError("the table 'backend' has another length than the table 'gallery' states")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
@@ -689,7 +682,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
     """Yields the people in the N entries of the table `person`, MAX_BLOCK_PEOPLE at a time.
 
-    `names` and `numbers` [N] are its columns. If a name occurs twice, its last entry counts.
+    `numbers` [N] are the coefficients in `People`. The last of several entries of a name counts.
     """
     if (numbers["num_clips"] < 0).any():
         raise UserError("the table 'person' contains a negative number of clips")

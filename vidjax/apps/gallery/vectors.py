@@ -40,16 +40,15 @@ class Vectors(NamedTuple):
 
 
 class NetVectors(NamedTuple):
-    """Computes vectors of clips in a gallery made from nets: the mean of the frames' vectors."""
+    """Computes the vector of a clip, the mean of its frames, for a gallery without a run."""
 
     backend: Backend
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that the gallery reads, and where it finds the quality of a frame.
+        """Modality -> width of its features; and "given", the source of the quality of a frame.
 
-        The first value is modality -> width of its features. The second is always `given`: the
-        quality in the file or, if it is missing, the norm of the features.
+        "given" means the quality in the file or, without one, the norm of the features.
         """
         return self.backend.widths, "given"
 

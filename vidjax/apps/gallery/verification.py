@@ -14,9 +14,9 @@ clips of other people that reach the threshold. There are two ways to choose a t
 - By the model, if there are too few strangers: for the rate R, the threshold is a likelihood ratio
   of 1 / R. At most a share R of the clips of other people reaches this threshold, by Markov's
   inequality, because the mean likelihood ratio of these clips is 1. This holds only if the clips
-  are distributed as the gallery assumes. A gallery made from nets assumes the distance between two
-  people in the card (the JSON file of a net). If the enrolled people are closer to each other, the
-  threshold for two clips is higher, and is computed from the distance of the enrolled people.
+  are distributed as the gallery assumes. If the enrolled people are closer to each other than the
+  card (the JSON file of a net) states, the threshold for two clips is computed from the distances
+  between the enrolled people, unless this makes it lower.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class MatchRule(NamedTuple):
         `blind`: it is infinite, because the vectors do not separate people.
       fmr: the largest share of other people's clips that may be accepted.
       log_ratio: the lowest accepted log-likelihood ratio.
-      threshold: how `log_ratio` was measured; None if it was not measured.
+      threshold: the numbers of the measurement; None if `by` is not `measured`.
       about: a description of the rule for the user.
     """
 
@@ -158,14 +158,14 @@ class Verification(NamedTuple):
 def make_rule(
     ratios: np.ndarray, fmr: float | None, *, pairs: bool, least: float = -math.inf
 ) -> MatchRule:
-    """Makes a rule from the log ratios [S] of S comparisons of different people.
+    """Makes a rule from S comparisons of different people.
 
     Args:
-      ratios: the log ratios.
+      ratios: [S], the log ratios.
       fmr: the share of other people's clips that may be accepted, or None for DEFAULT_FMR.
-      pairs: True if each ratio compares two clips of strangers, False if it compares one clip with
-        an enrolled person.
-      least: the lowest `log_ratio` of a rule that is not measured, see `find_least_ratio`.
+      pairs: True if a ratio compares two clips of strangers, False for a clip and a person.
+      least: the smallest `log_ratio` if `fmr` is None and there are too few comparisons to measure
+        the rule, see `find_least_ratio`.
 
     Raises:
       UserError: `fmr` is given, and there are too few comparisons to measure it.
@@ -180,8 +180,8 @@ def make_rule(
     if fmr is not None:
         lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
-            f"fmr={fmr:g} needs at least {needed:,} clips of strangers. The gallery has "
-            f"{each * count:,} usable clips, so {lowest}\n"
+            f"fmr={fmr:g} needs at least {needed:,} usable clips of strangers. The gallery has "
+            f"{each * count:,}, so {lowest}\n"
             "choose a higher fmr, enrol more strangers (people without a name), or leave out fmr"
         )
     usual = -math.log(rate)
@@ -206,10 +206,9 @@ def pair_strangers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compares N clips of strangers in N / 2 pairs.
 
-    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. The two clips of a
-    pair should show two strangers. If at most `max_doubles` pairs probably show a single stranger,
-    each of them exchanges a clip with another pair. Returns the log ratios, and the compared
-    modalities, see `ratios.compare`.
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. Returns the log
+    ratios, and the compared modalities, see `ratios.compare`. A pair that probably shows a single
+    stranger is avoided, unless there are more than `max_doubles` such pairs.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
@@ -232,8 +231,8 @@ def count_strangers(state: State) -> int:
 def find_least_ratio(state: State, fmr: float) -> float:
     """Returns the log ratio that two clips of different people reach with the probability `fmr`.
 
-    It is computed from how much the enrolled people differ. Use this function if the people are
-    more similar than the card (JSON file) of the net predicts.
+    The log ratio is log(p(clips | one person) / p(clips | two people)). Use this function if the
+    enrolled people are more similar than the card (JSON file) of the net predicts.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]

@@ -353,7 +353,7 @@ class Application:
 
         The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
         The body is JSON with all fields, or an `.npz` file of one clip or more. With an `.npz`
-        file, the query of the URL has the other fields. `clip=NAME` in it names a single clip.
+        file, the query of the URL has the other fields, and `clip=NAME`, the name of a lone clip.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -364,7 +364,7 @@ class Application:
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if request.query_params and not npz:
-            raise unprocessable("no query in the URL with JSON: send all fields in the body")
+            raise unprocessable("the URL has a query: with JSON, send all fields in the body")
         loop = asyncio.get_running_loop()
         if npz:
             try:

@@ -107,10 +107,7 @@ class Batcher:
             self._batch = None
 
     async def _linger(self, answered: int) -> None:
-        """Waits a moment for more requests, because a client often asks again after an answer.
-
-        `answered` is the number of clips in the last batch.
-        """
+        """Waits a moment for `answered` clips, because clients often ask again after an answer."""
         # Without this wait, the first new request would be the whole next batch. A small batch
         # takes nearly as long as a large batch.
         self._target = min(self.size + answered, self._limits.batch_clips)

@@ -108,7 +108,7 @@ def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file or a link to a file.
 
     Raises UserError if the token is not a word of 16 letters or more, or if other users may read
-    the file. Only the group may read a file that another user owns, as in Kubernetes.
+    the file. If another user owns the file, as in Kubernetes, the group may read it.
     """
     with files.open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -132,8 +132,8 @@ def read_token(path: Path) -> bytes:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    `Guard` sets two entries of a request's ASGI scope: `vidjax.held` is the number of bytes that
-    the request takes in memory, and `vidjax.clock` is the `asyncio.Timeout` of the request.
+    The ASGI scope of a request must contain `vidjax.held`, the bytes that the request takes in
+    memory, and `vidjax.clock`, its `asyncio.Timeout`. `Guard` sets both.
     """
 
     def __init__(self, limits: Limits):

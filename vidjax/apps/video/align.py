@@ -99,10 +99,9 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (begin, end) of the squares near `positions` on an axis of a picture.
+    """Divides `length` pixels into blocks of `factor`; returns (begin, end) around `positions`.
 
-    The axis has `length` pixels, and each side of a square has `factor` pixels. `positions` are
-    coordinates on the axis, in pixels.
+    `positions` are coordinates in pixels. `begin` and `end` (exclusive) are numbers of blocks.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)

@@ -218,7 +218,7 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Selects the clips of one input that are enrolled. Returns their embeddings, and `people`.
+    """Selects the clips to enrol from one input. Returns their embeddings, and `people`.
 
     `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol, or None
     for all clips. `people` is the name of the person in all clips, or clip -> name. `several` is
@@ -278,10 +278,9 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
 
 
 def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
-    """Returns the enrolled clips of `films` whose names end in the number of a face, as in `a.t01`.
+    """Returns the enrolled clips in `films` with the number of a face in the name, as in `a.t01`.
 
-    A detector numbers the faces that it finds. So after a change of the detector, a name may belong
-    to a different face.
+    A new detector may give such a name to another face.
     """
     tracks = {track.clip for film in films for track in film.tracks}
     return sorted(x for x in tracks & gallery.clips.keys() if re.search(r"\.[tf]\d+$", x))

@@ -123,7 +123,7 @@ class Review:
         self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
 
     def _show(self, decision: Decision) -> None:
-        """Shows the names in `decision`, and remembers which people and faces have changed."""
+        """Puts the names in `decision` on the page, and records which people and faces changed."""
         before = {(clip, self._name(clip)) for clip in self._shown}
         self._set_names(decision)
         for clip, name in before ^ {(clip, self._name(clip)) for clip in self._shown}:
@@ -265,16 +265,16 @@ class Review:
         Args:
           action: the kind of the change.
             "name": all people and faces get the name `name`.
-            "deny" without a name, or "apart": the faces become a new unknown person.
-            "deny" with a name: this suggested name is wrong, and is not suggested again.
+            "deny": the suggested name `name` is wrong, and is not suggested again.
+            "apart", or "deny" without `name`: the faces of a name become a new unknown person.
             "ignore": people and faces are shown as ignored, without a name.
             "once": all unknown people who appear only once are ignored.
             "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
             "join": all people and faces become one unknown person, with the lowest number.
             "twin": faces get the name of another face in the same picture, as in a mirror.
-          of: the names of people and the keys of faces that are changed.
-          name: the new name. If it is `unknown 4`, people and faces `of` join this unknown person.
-          after: the page asks next for the name of this person or face.
+          of: the names of people, and the keys of faces, that are changed.
+          name: the new name. If it is `unknown 4`, the people and faces join this unknown person.
+          after: the person or face whose name the page asks for next.
           version: the version of the page on which the user has made the change.
 
         Raises:
@@ -295,7 +295,7 @@ class Review:
             elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
-                    raise UserError("all selected people have names: to join them, type one name")
+                    raise UserError("nobody selected is unknown: type one name for all of them")
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
@@ -375,10 +375,9 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name that a face of `found` did not get because another face has it.
+        """Returns the person whom a face of `found` shows a second time, as a mirror image.
 
-        A mirror, for example, may show a person twice in a frame. Only the face that is more
-        similar to the person gets the name. Raises UserError if there is no such name.
+        Raises UserError if there is no such person.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
@@ -406,12 +405,12 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` who would be joined with another enrolled person, `name`."""
+        """Returns the people in `of` whom the new name `name` joins with an enrolled person."""
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether one of the faces `of` is nameless, and too small or blurred."""
+        """Returns whether `of` contains a face without a name that is too small or blurred."""
         unknown = self._decision.unknown
         names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
         return any(name.startswith(FACE) for name in names)
@@ -510,9 +509,9 @@ class Review:
         return Subject(of, sorted(clips), of, is_person=True)
 
     def _describe(self, found: Sequence[Subject], name: str) -> str:
-        """Returns subject and verb of a message about `found`, such as `unknown 3 and 1 more are`.
+        """Returns the beginning of a sentence about `found`, as in `unknown 3 and 1 more are`.
 
-        People who already have the name `name` are left out if `found` contains others.
+        The person `name` is left out, unless `found` contains nobody else.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
@@ -592,8 +591,8 @@ class Review:
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
         """Returns the end of the message `a face in a.jpg is not Ada`, such as `, but unknown 7.`.
 
-        The faces `found` had the name Ada. If another face of the same shot gets this name by the
-        change, a second sentence says so. `before` is clip -> appearance before the change.
+        If another face of the same shot is now named Ada instead of a face in `found`, a second
+        sentence says so. `before` is clip -> appearance before the change.
         """
         about = f", but {self._name(found[0].clips[0])}."
         shot_of = {
@@ -614,8 +613,8 @@ class Review:
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
         """Adds `lines` to the log of corrections, and decides all names anew.
 
-        `clips` is enrolled clip -> its new person in the gallery, None for a stranger. If people
-        cannot be named, nothing is changed.
+        `clips` is enrolled clip -> its new person in the gallery, None for a stranger. After an
+        error, such as a full disk, nothing is changed.
         """
         # Another program may have removed a clip since the step that is undone.
         clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
@@ -644,10 +643,7 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Sets the number in a log line to the number of the unknown person in `decision`.
-
-    Only a line with `says="apart"` is changed: it says that its face shows another unknown person.
-    """
+    """Gives an "apart" line the number of its face in `decision`; returns other lines unchanged."""
     if line.says != "apart" or not (face := line.face):
         return line
     groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(face))

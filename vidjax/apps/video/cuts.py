@@ -18,7 +18,7 @@ USUAL_RATE = 25.0  # if the frame rate of a film is unknown
 
 
 class Cut(NamedTuple):
-    """A stretch of a film from frame `begin` to frame `end` (exclusive)."""
+    """A piece of a film that a timeline plays, from frame `begin` to frame `end` (exclusive)."""
 
     film: MediaFile
     begin: int

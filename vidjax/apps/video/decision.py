@@ -63,7 +63,7 @@ def read_said(
     lines: Sequence[Line] | None = None,
     numbers: UnknownNumbers | None = None,
 ) -> Said:
-    """Returns users' names and corrections of faces in `films`, and in photos of known people.
+    """Returns the names and corrections that users gave to faces in `films` or enrolled photos.
 
     `lines` are the log lines of users, and `numbers` is the content of `unknown.json`. By default,
     both are read from the folder of results, `out`.
@@ -148,7 +148,7 @@ def name_and_number(
     votes: dict[str, str] | None,
     highest: int,
 ) -> tuple[NamedTracks, dict[str, int]]:
-    """Names the people in tracks, and numbers unknown people: 3 for `unknown 3`.
+    """Names the people in tracks, and gives unknown people a number, such as 3 for `unknown 3`.
 
     Returns the names, and clip -> unknown person's number. Adds the numbers to `said.numbers`.
 
@@ -169,11 +169,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Enrols the faces of films to which users have given names, with these names.
+    """Enrols the faces in films under the names that users gave to the faces.
 
-    `vectors` are the embeddings of all clips of the films. `said` are the names and corrections of
-    users. If users have taken back a name, the face is removed from the gallery. If users have
-    renamed a face in a photo of the gallery, the face gets the new name in the gallery.
+    `vectors` are the embeddings of all clips of the films. `said` are the names and corrections. A
+    face whose name was taken back is removed from the gallery. A face in a photo of the gallery
+    gets its new name.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state
