@@ -54,7 +54,7 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for faces of photos in the results `out` that new nets must read."""
+    """Returns clip -> face, for photos in `out` whose features were deleted for new nets."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -66,7 +66,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 def list_photo_files(out: Path) -> list[MediaFile]:
     """Returns the descriptions of all photos of people in the folder of results `out`.
 
-    In a description, each face is a clip with a name such as `people/Ada/IMG_1`.
+    Each face in a description is a track whose `clip` is, for example, `people/Ada/IMG_1`.
     """
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
