@@ -287,7 +287,7 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
             f"the weights of '{name}' ({found}) must be a single file in the folder of the net\n"
-            "copy a single file of weights into this folder, or join several files: "
+            "if the weights are one file, copy it next to the net; join several files with: "
             f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
         )
     return next(iter(places), "")
