@@ -118,8 +118,8 @@ class Clock:
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
         """Returns the time of the next frame in seconds.
 
-        `stamp_s` is the time stamp of the frame, or None if it has none. `usual_s` is the usual
-        step between frames if the time stamps jump before the frame, or None, see `find_jumps`.
+        `stamp_s` is the time stamp of the frame, or None. `usual_s` is the second value that
+        `find_jumps` yields for the frame.
         """
         after = 0.0 if self._last is None else self._last + (usual_s or self.step)
         self.step = min(self.step, usual_s or self.step)
@@ -142,10 +142,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields each frame, and the usual step if the time stamps jump before the frame, else None.
+    """Yields (frame, None), or (frame, seconds) if the time stamps jump before the frame.
 
-    The usual step is the longest of the steps before and after the frame, in seconds. The time
-    stamps jump if the step to the frame is much longer, see JUMP_SECONDS.
+    A jump is a step that is much longer than the 3 steps before and the 3 steps after it, see
+    JUMP_SECONDS. `seconds` is the longest of these 6 steps.
     """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None

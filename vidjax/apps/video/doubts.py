@@ -1,20 +1,20 @@
 """Finds photos that may have the name of a wrong person.
 
-The photos of each person are divided into groups, which are called sides. The photos of a side show
-one face. Groups are joined unless the odds that they show different faces are above 200 to 1. If it
-is clear which side shows the named person, the photos of the other sides are doubtful. If it is not
-clear, no photo of the person is doubtful, and the result lists all sides.
+The photos with one name are divided into sides. A side is a group of photos that seem to show one
+face. The odds that two sides show different faces are above 200 to 1. If it is clear which side
+shows the named person, the photos of all other sides are doubtful. If it is not clear, no photo
+with this name is doubtful, and the result lists the sides.
 
-Each photo of the right side is compared with the other photos of the side, and with the photos of
-all other people. A photo is doubtful in two cases:
+Each photo of the side with the named person is compared with the other photos of this side, and
+with the photos of all other people. A photo is doubtful in two cases:
 
 - The odds that the photo shows one of the other people are above 200 to 1. All other people have
   the same prior probability.
 - The named person has at least two other photos, and the odds are above 200 to 1 that the photo
   shows a different person.
 
-A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
-most doubtful photo of each person is set aside, and the remaining photos are compared again.
+A single wrong photo can make all photos with this name seem doubtful. So only the most doubtful
+photo with each name is set aside, and the remaining photos are compared again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face.
-
-    Photos that have the name of the person, but show a different face, are another side.
-    """
+    """Photos that have the name of one person, and show one face."""
 
     photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles
@@ -59,8 +56,8 @@ class Doubts(NamedTuple):
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
     """Finds photos that may have the name of a wrong person.
 
-    `photos` is photo -> person and embedding. A photo has the name of its clip in the gallery.
-    If `backend` does not compare faces by distances, the result is empty.
+    `photos` is clip -> person and embedding. A clip, such as `people/Ada/IMG_1`, is a face in the
+    gallery. If `backend` does not compare faces by distances, the result is empty.
     """
     found = Doubts({}, {}, [])
     clips = np.array(sorted(photos))
@@ -93,10 +90,10 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right: instead, a similar photo may have a wrong name.
+    """Finds similar photos of two people, if it is not clear which of the two photos is wrong.
 
-    Returns row of the doubtful photo -> rows of the doubtful and the similar photo, sorted.
-    `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
+    Returns row of a doubtful photo -> rows of this photo and of the similar photo, sorted.
+    `doubtful` is the result of `compare_photos`; the other arguments are as in `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -129,12 +126,12 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides: the photos of a side show the same face.
 
-    If a person has several sides, only the photos of one side show the person. The photos of all
-    other sides are wrong. For the arguments, see `compare_photos`.
+    Only one side of a person can be right. If it is clear which side is right, the photos of the
+    person's other sides are wrong. For the arguments, see `compare_photos`.
 
     Returns:
       Row of each wrong photo -> number of the person whom the photo resembles, or None.
-      Number of a person -> sides, if it is not clear which side is right. No photo is wrong.
+      Number of each person whose right side is not clear -> all sides of the person.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]

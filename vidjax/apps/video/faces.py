@@ -1,4 +1,4 @@
-"""Applies the log of names and corrections to the faces in the present films and photos.
+"""Applies the names and corrections in the log `said.jsonl` to the faces in films and photos.
 
 `vidjax.apps.said` describes the log, in which users name and correct faces. A face in the log is
 found again by its film, time and box. So it does not matter which nets have found the faces, and
@@ -71,7 +71,7 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Finds `tracks` with the times and boxes of `faces`; returns face -> clips of its tracks."""
+    """Compares times and boxes of faces and tracks; returns face -> clips of the face's tracks."""
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
     pairs = [
@@ -128,8 +128,8 @@ class Lost(NamedTuple):
 class Said:
     """The names and corrections that users gave to faces, from the log `said.jsonl`.
 
-    If log lines contradict each other, the last line counts. The key of a face is the clip that
-    shows it. If the present films have no such clip, the key is the `Face` in the log.
+    If log lines contradict each other, the last line counts. As a key of `names` or another dict, a
+    face is a clip that shows the face, or the `Face` in the log if no clip shows it.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Said:
         films: Iterable[MediaFile] = (),
         numbers: Mapping[Face, int] = {},
     ):
-        """Applies log lines, the names and corrections of users, in order to the faces in `films`.
+        """Applies each of `lines`, from first to last, to the faces in `films`.
 
-        `numbers` is face -> unknown person's number without the corrections: 3 for `unknown 3`.
+        `numbers` is face -> number of the unknown person before the corrections: 3 for `unknown 3`.
         """
         lines = [*drop_undone(lines)]
         faces = [x for line in lines for x in (line.face, line.of) if isinstance(x, Face)]
@@ -168,7 +168,7 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the keys of a face: its clips, the best first; or [`face`] if it has no clip."""
+        """Returns the clips that show `face`, the best clip first; [`face`] without a clip."""
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
@@ -192,10 +192,10 @@ class Said:
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
-        """Returns new log lines about faces that the log already names or corrects.
+        """Returns a new log line for each face in `keys`, for example after a person was renamed.
 
-        `keys` are the keys of the faces. `says` is "is" if they show the person `name`, or "not" if
-        they do not. A `name` of None stands for a stranger.
+        Each face must have an earlier line in the log. `says` is "is" if the faces show the person
+        `name`, or "not" if they do not. A `name` of None stands for a stranger.
         """
         lines = (self._line_of[key] for key in keys)
         return [
@@ -204,7 +204,7 @@ class Said:
         ]  # fmt: skip
 
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
-        """Returns the names and corrections in the log whose face is in no clip of the films.
+        """Returns the names and corrections of faces that no clip of the films shows.
 
         `unread` are the sha256 of films and photos that the current nets have not read yet. Faces
         in these files are left out, because the nets may find the faces later.
@@ -246,11 +246,10 @@ class Said:
             self._move(line, keys, line.number)
 
     def _move(self, line: Line, keys: Sequence[Key], number: int) -> None:
-        """Gives faces a new unknown person's number, `number`, as the log line `line` says.
+        """Notes that faces show the unknown person `number`, as the log line `line` says.
 
-        `keys` are the keys of the faces. All faces of `line.person`, such as `unknown 3`, get the
-        number, too. If other faces keep one of the old numbers, `self.apart` records that the old
-        and the new number are different people.
+        The faces are `keys` and all faces of `line.person`. Pairs of numbers of different people
+        are added to `self.apart`.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0

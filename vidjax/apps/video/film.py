@@ -116,8 +116,8 @@ class ClipBuilder:
     """Collects the best frames of each track, and makes a clip when the track has ended.
 
     A track is a person in a shot. If the folder `thumbnails` exists, a picture of the best face of
-    each clip is written into this folder. If the film shows still images, each for more than
-    `held_s` seconds, the track is part of a slide show, see `find_changes`.
+    each clip is written into this folder. If frames of a track stay visible for more than `held_s`
+    seconds, as in a slide show, each frame may show another person.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):

@@ -30,7 +30,7 @@ class HalvesDetector:
         self._pictures, self._equal = 0, Counter[Layout]()  # `_equal`: pictures with equal halves
 
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
-        """Adds a frame of the film; `layout` is computed from all added frames with faces.
+        """Adds a frame of the film. The property `layout` depends on all added frames with faces.
 
         `rgb` is the frame, uint8 [H, W, 3]. `boxes` [N, 4] are the left, top, right and bottom of
         the faces, in pixels.

@@ -53,11 +53,12 @@ class MeasuredCard(NamedTuple):
 
 
 def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
-    """Measures how well a face net separates people, and writes the results into its card.
+    """Measures how well a face net separates people, and writes the results into its JSON file.
 
     `people` is a folder of photos NAME/PHOTO.jpg. `models` is the folder of the net. `workers` is
-    the number of processes. `tell` is called with each problem of a photo. Raises UserError if
-    fewer than 5 people have two usable photos, or if the net does not separate the people.
+    the number of processes. `tell` is called with each problem of a photo. The result has one item.
+    Raises UserError if fewer than 5 people have two usable photos, or if the net does not separate
+    the people.
     """
     with files.scratch_folder() as out:
         # In a folder `gallery`, `Photos` would see people of earlier calls.
@@ -111,7 +112,7 @@ def _measure_all(
     """Measures how well each net separates people, and writes the results into the net's card.
 
     `gallery` is made from the nets in the folder `models`. `given` is modality -> embeddings, of
-    any length. Modalities with too few people are left out. `kind` is the word for a clip in
+    any norm. Modalities with too few people are left out. `kind` is the word for a clip in
     messages, "photo" or "clip". Raises UserError if no modality has enough people.
     """
     embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()

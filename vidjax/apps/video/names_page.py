@@ -97,12 +97,12 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """The names of the clips, each with CLIP put in front, as HTML forms send them."""
+        """The clips as values in HTML forms: "clip:", a tab, and the name of the clip."""
         return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
     def best(self) -> str:
-        """The name of the clip with the best face."""
+        """The name of the clip with the clearest face, among the clips of this appearance."""
         return min(self._x.clips, key=self._data.rank)
 
     @property
@@ -161,9 +161,9 @@ class PageEntry:
 
     @property
     def twin(self) -> str:
-        """The name that this face lost to a more similar face in the same frame or photo, or "".
+        """The person whom this face resembles, but less than another face at the same time, or "".
 
-        A mirror or a split screen may show a person twice.
+        Only the more similar face gets the name. But a mirror may show a person twice.
         """
         return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 

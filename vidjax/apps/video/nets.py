@@ -131,10 +131,10 @@ class Net:
             )
 
     def answer_formula(self, seed: int) -> np.ndarray:
-        """Tests the net: returns four numbers, float64 [4], of the last of its outputs.
+        """Runs the net on a test input; returns four numbers, float64 [4], of its last output.
 
-        This output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length.
-        `seed` determines the input, see `make_formula_inputs`.
+        The output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length. `seed`
+        determines the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
@@ -168,7 +168,7 @@ class Detector(Net):
         self.size = size
 
     def __call__(self, image: np.ndarray) -> Faces:
-        """Returns the faces in an image, uint8 [H, W, 3] RGB, in pixels of this image."""
+        """Returns the faces in `image`, uint8 [H, W, 3] RGB. Boxes and points are in its pixels."""
         return self.search(image).take_above(LEAST_SCORE)
 
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
@@ -233,9 +233,9 @@ class Embedder(Net):
             (output, *_) = self.ask({self.card.input.name: block}).values()
             if output.shape != (len(block), self.card.width):
                 raise UserError(
-                    f"the net of '{self.card.path}' computes an array {list(output.shape)} from "
-                    f"{len(block)} inputs, not {[len(block), self.card.width]}\n"
-                    "correct `width` in the card"
+                    f"the output of the net has the shape {list(output.shape)}, but the shape by "
+                    f"`width` in '{self.card.path}' is {[len(block), self.card.width]}\n"
+                    "correct `width` in this file"
                 )
             vectors[start : start + len(block)] = output
         return vectors
@@ -318,9 +318,9 @@ def choose_regions(
 ) -> list[Region]:
     """Returns regions of an image that do not overlap. Each face, with a margin, is in a region.
 
-    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. Each
-    region has a scale, at which the longer side of the smallest face has `side` pixels. A scale
-    above `most_scale` is reduced to `most_scale`.
+    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. At the
+    scale of a region, the longer side of the smallest face in this region has `side` pixels. A
+    scale above `most_scale` is reduced to `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -434,14 +434,14 @@ def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of SCRFD, in pixels of the input.
 
-    The input is `width` pixels wide. A net with 9 outputs divides it into cells with sides of 8, 16
-    and 32 pixels, with A = 2 anchors each. A net with 15 outputs also uses sides of 64 and 128
-    pixels, and has A = 1 for all cells. For each size, there are n cells, row by row. The outputs
-    are the scores for all sizes, then the boxes, and then the points:
+    The input is `width` pixels wide. It is divided into n cells of S x S pixels, row by row. A net
+    with 9 outputs has S = 8, 16 and 32, and A = 2 anchors for each cell. A net with 15 outputs has
+    S = 8, 16, 32, 64 and 128, and A = 1. `outputs` are the scores for each S, then the boxes for
+    each S, and then the points for each S:
       scores: [A n, 1], the probability of a face.
-      boxes: [A n, 4], the distances from the cell's corner to the left, top, right and bottom side
-        of the box, in cells.
-      points: [A n, 10], x and y of five points from the cell's corner, in cells.
+      boxes: [A n, 4], the distances from the cell's top left corner to the left, top, right and
+        bottom side of the box, in cells.
+      points: [A n, 10], x and y of five points from the top left corner of the cell, in cells.
 
     Source:
       Guo et al., Sample and Computation Redistribution for Efficient Face Detection, 2021, and its

@@ -54,7 +54,7 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for faces of photos in the results `out` that new nets must read."""
+    """Returns clip -> face, for photos in `out` whose features were deleted for new nets."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -66,7 +66,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 def list_photo_files(out: Path) -> list[MediaFile]:
     """Returns the descriptions of all photos of people in the folder of results `out`.
 
-    In a description, each face is a clip with a name such as `people/Ada/IMG_1`.
+    Each face in a description is a track whose `clip` is, for example, `people/Ada/IMG_1`.
     """
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
@@ -206,8 +206,8 @@ class Photos:
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
         """Raises UserError if the folder of photos seems to be a wrong folder.
 
-        It seems wrong if no enrolled person has photos in it. If `forget_missing` is True, it is an
-        error only if the folder has the name of an enrolled person.
+        It seems wrong if it has photos, but of no enrolled person. If `forget_missing` is True, it
+        seems wrong only if it is missing, or is the folder of one person, such as `people/Ada`.
         """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
@@ -226,11 +226,11 @@ class Photos:
             remedy = f"it is the folder of one person: name the folder above, --people={above}"
         names = messages.list_some([*map(show, sorted(before))])
         raise UserError(
-            f"'{people}' has nobody from earlier runs of this command ({names})\n{remedy}"
+            f"nothing in '{people}' has the name of a person from earlier runs ({names})\n{remedy}"
         )
 
     def _were_renamed(self) -> bool:
-        """Returns whether one of the photos has the same content as a photo of an earlier call."""
+        """Returns whether a photo has the same content as a photo with results in `self.out`."""
         known = list_photo_files(self.out)
         sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
         paths = filter(os.path.exists, itertools.chain(*self.paths_of.values()))
@@ -280,11 +280,11 @@ class Photos:
         self.warn(self._describe_numbers(single, only_files))
 
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
-        """Reports problems of a photo; returns the names of its people, and of its faces' clips.
+        """Reports problems of a photo; returns the names of its people, and its faces.
 
-        If the photo has face tags, all faces with tags are returned. Without face tags, the only
-        face is returned, and its person is `owner`, the name of the folder. Blurred faces are
-        reported later.
+        A face is given as a clip, such as `IMG_1.f02`. With face tags, the result is all names in
+        the tags, and the faces at the tags. Without face tags, it is `owner`, the name of the
+        folder, and the face if there is only one.
         """
         photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
         if photo and photo.tags:
@@ -319,10 +319,7 @@ class Photos:
             yield text
 
     def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
-        """Yields a warning if new photos in the folder of `name` have only face tags of others.
-
-        If tags do not fit the faces of a photo, they are not used, and cause no warning.
-        """
+        """Yields a warning if new photos in the folder of `name` have tags, but none of `name`."""
         new = [
             (outcome.path, outcome.media.tags) for outcome in outcomes
             if outcome.media and not (outcome.kept or outcome.media.misfit)
@@ -338,9 +335,8 @@ class Photos:
     def _describe_numbers(self, names: Sequence[str], only_files: bool) -> Iterator[str]:
         """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg may show one person.
 
-        `names` are the names of people from files outside of folders, such as Ada_1. If
-        `only_files` is True, there are no folders, and all files may show one person. In this case,
-        any two names cause a warning, or one name with a digit.
+        `names` are the names of people from files outside of folders, such as Ada_1. `only_files`
+        is True if there are no folders, so that all files may show one person.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -397,10 +393,10 @@ class Photos:
     def enrol(
         self, draft: Draft, entries: Mapping[str, StoredClip], before: Collection[str] = ()
     ) -> tuple[list[str], set[str]]:
-        """Enrols the faces `entries` in `draft`; returns the new clips, and the unchanged clips.
+        """Enrols the faces `entries` in `draft`; returns the added clips, and the unchanged clips.
 
-        `entries` is clip -> vector and person. Clips in `before`, from earlier calls, are removed
-        from `draft`, except clips that have the same vector in `entries`. If the gallery refuses a
+        `entries` is clip -> vector and person. A clip is unchanged if `draft` has it with the same
+        vector. Other clips in `before`, from earlier calls, are removed. If the gallery refuses a
         face, its photo is added to `self.failed`. For faces that are left out, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
@@ -447,9 +443,9 @@ class Photos:
     ) -> dict[str, set[str]]:
         """Finds people whose folder was renamed, or whose photos were all moved to other people.
 
-        `enrolled` are the faces in the gallery, and `entries` the present faces with embeddings, by
-        clip. Faces with equal embeddings are from the same photo. Returns person -> people who have
-        the person's photos now.
+        `enrolled` is clip -> face in the gallery. `entries` is clip -> embedding and person, for
+        the photos that are in the folder now. Equal embeddings are from the same photo. Returns
+        person -> people who have the person's photos now.
         """
         person_of = {clip: self.faces[clip].face.person for clip in entries}
         new = {
@@ -596,9 +592,9 @@ def enrol_folder(
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
     """Returns the name under which new photos of the person `name` are enrolled.
 
-    `labels` are the names of the person's photos in the gallery, where a user may have renamed the
-    person. Returns the most frequent label, or `name` without labels. A label that is another
-    person's name in `names` is returned only if there is no other label.
+    `labels` has a name for each enrolled photo of the person. It differs from `name` if a user has
+    renamed the person. Returns the most frequent label, or `name` if `labels` is empty. A label of
+    another person in `names` is returned only if there is no other label.
     """
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]

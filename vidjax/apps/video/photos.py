@@ -91,12 +91,12 @@ def read_photo(path: Path) -> Photo | None:
 def _check_pixel_data(
     path: Path, content: bytes, codec: str, begin: bytes, end: bytes
 ) -> io.BytesIO:
-    """Checks the pixels of a JPEG or PNG photo; returns the bytes of the photo, see `content`.
+    """Checks the pixels in `content`, a JPEG or PNG photo; returns the photo as a binary file.
 
-    If a JPEG photo lacks only its end marker, the marker is added to `content`. Raises UserError if
-    the pixels are damaged, which Pillow would not report. A photo with more than
-    `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked. For
-    `codec`, `begin` and `end`, see PIXELS.
+    If a JPEG photo lacks only its end marker, the marker is added. Raises UserError if the pixels
+    are damaged, which Pillow would not report. A photo with more than `decode.MOST_PIXELS` pixels,
+    or in a form that FFmpeg cannot decode, is not checked. The other arguments are a value of
+    PIXELS.
     """
     import av
     from av.error import ExternalError, FFmpegError, InvalidDataError

@@ -102,12 +102,13 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose earlier features are removed.
+      drop: the files whose features are removed. A drive that is not connected looks like a missing
+        or empty folder.
         "nothing": no files.
-        "deleted": missing files, if their folder still contains other files.
-        "missing": all missing files, even if only their drive is not connected.
-        "others": files not in `paths`. A missing file is kept if its folder is missing or empty.
-        "all others": all files not in `paths`, even if only their drive is not connected.
+        "deleted": missing files in folders that contain other files.
+        "missing": all missing files.
+        "others": files not in `paths`, except missing files in missing or empty folders.
+        "all others": all files not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what to do if nets in `models` were replaced or added. True deletes all features, and
         computes the features of the files in `paths` again. False raises an error.
@@ -151,9 +152,9 @@ def extract_folders(
 
 
 def read_digests(models: Path) -> dict[str, str]:
-    """Returns the role of a net, such as face_embedder -> sha256 of the net's card in `models`.
+    """Returns a dict: role of each net in `models` -> sha256 of the net's card, a JSON file.
 
-    The card of a net is a JSON file. If the digests have changed, features must be computed again.
+    If the digests have changed, features must be computed again.
     """
     return {role: card.digest for role, card in cards_lib.read_all(models).items()}
 
@@ -232,9 +233,9 @@ def _prepare_folder(
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
     """Removes outdated files from the folder of features `out`; returns input file -> stem.
 
-    The stem is the first part of the names of the file's clips. Also returns an outcome, an error,
-    for each earlier file that cannot be found; its features are kept. For `drop` and `pictures`,
-    see `drop` and `thumbnails` of `extract_folders`.
+    The stem is the first part of the names of the file's clips. Also returns outcomes with an
+    error, if files of earlier calls cannot be found and their features are kept. For `drop` and
+    `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -287,9 +288,9 @@ def _check_extraction(
     """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
     `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
-    the settings of earlier features, or the defaults. Raises UserError if the folder has features
-    of other nets or settings, or files of another program. If `upgrade` is True, and `digests` has
-    the roles of all earlier nets, other nets are no error, and the earlier features are deleted.
+    the settings of earlier features, or the defaults. If `upgrade` is True, deletes features of
+    other nets, unless `digests` lacks one of their roles. Raises UserError if `out` then has
+    features of other nets or settings, or files of another program.
     """
     before = features_folder.read_extraction(out)
     if before is None:

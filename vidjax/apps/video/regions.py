@@ -160,7 +160,7 @@ def _refuse_long_addresses(packet: bytes) -> None:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with the name `name` in `root`, at most 501 items."""
+    """Yields the items of all XML lists `name` in `root`, up to one more than MOST_TAGS."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
@@ -238,9 +238,9 @@ def match_faces(
     or a text, the reason to ignore all tags, for example that the photo seems to be turned,
     mirrored or cropped after it was tagged.
 
-    The boxes of tags were drawn either in the stored picture, which may lie on its side, or in the
-    displayed, upright picture. If `tags.shape` does not show in which of the two, the picture in
-    which the tags fit the faces better is chosen.
+    The boxes of tags were drawn in the stored picture, which may lie on its side, or in the
+    displayed, upright picture. If the width and height in `tags.shape` fit both pictures, or are
+    missing, the picture in which the tags fit the faces better is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
@@ -316,8 +316,9 @@ def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _R
 def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
     """Returns whether a photo seems to be cropped after a program stored its face tags.
 
-    In a cropped photo, faces are larger than their tags, and some tags have no face. `good` is a
-    mask of the tags that fit a face. `num_faces` is the number of detected faces.
+    Boxes of tags are fractions of the uncropped picture. So in a cropped photo, boxes are smaller
+    than the faces, and some tags have no face. `good` is a mask of the tags that fit a face.
+    `num_faces` is the number of detected faces.
     """
     count = int(good.sum())
     if not count:
