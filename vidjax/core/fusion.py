@@ -48,7 +48,7 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share or kept_share is {top_share}: give a share above 0 and at most 1")
+        raise UserError(f"top_share or kept_share={top_share}: must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -261,8 +261,8 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    `order` [B, T] are indices of frames, real frames first. Of a clip with too few frames, all frames
-    are selected, with random repeats. If `replacement` is True, only random frames are selected.
+    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames, all of
+    them and random repeats are selected, or only random frames if `replacement` is True.
 
     Draws use the PRNG key `rng`, or a fixed key if `rng` is None. If `rng` is None, and
     `replacement` and `fixed_draws` are False, nothing is drawn: frames are repeated in turn.
