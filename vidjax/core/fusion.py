@@ -261,8 +261,8 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames, all of
-    them and random repeats are selected, or only random frames if `replacement` is True.
+    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames, all its
+    frames and random repeats are selected, or only random frames if `replacement` is True.
 
     Draws use the PRNG key `rng`, or a fixed key if `rng` is None. If `rng` is None, and
     `replacement` and `fixed_draws` are False, nothing is drawn: frames are repeated in turn.

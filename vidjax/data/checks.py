@@ -184,7 +184,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality whose feature norms serve as quality, but are almost equal.
+    """Yields a message for each modality whose feature norms serve as quality and are almost equal.
 
     `report` is the data report.
     """
