@@ -96,7 +96,7 @@ def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(revi
 
     for similar in ("ada", "Ad a", "ad\u0430a"):  # \u0430 is a Cyrillic letter that looks like a
         text = reviewed.post(status=422, do="name", of="unknown 1", person=similar)
-        assert "there is already Ada" in text and f">{similar} is another person<" in text
+        assert "the similar name Ada is taken" in text and f">{similar} is another person<" in text
     assert reviewed.names() == before
     # `new` confirms that Ad a is another person.
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
@@ -156,7 +156,7 @@ def test_giving_a_person_the_name_of_another_person_asks_first_and_shows_both_fa
     reviewed.post(do="name", of="unknown 1", person="Bob")
     before, renaming = reviewed.names(), {"do": "name", "of": "Bob"}
     text = reviewed.post(status=422, **renaming, person="Ada", view="person=Bob")
-    assert "there is already Ada. Is Bob the same person?" in text
+    assert "the name Ada is taken. Is Bob the same person?" in text
     assert "I am sure: it is Ada" in text and "<title>Bob: " in text and reviewed.names() == before
     for of, person, other in (("unknown 2", "ada", "Ada"), ("Ada", "Bob", "Bob")):
         text = reviewed.post(status=422, do="name", of=of, person=person)

@@ -303,7 +303,7 @@ def test_photos_that_went_to_several_people_leave_typed_names_and_ask(party):
         (friends / "Ada" / f"{number}.png").rename(friends / name / f"{number}.png")
     (friends / "Ada").rmdir()
     _, output = party.who(film)
-    assert "photos of Cleo, Dora. You gave the name Ada to 1 face, and this name stays" in output
+    assert "photos of Cleo, Dora. 1 face that you named Ada kept this name" in output
     assert "vidjax gallery rename" in output and party.names()["party.s001.t00"] == "Ada"
 
 

@@ -55,10 +55,9 @@ def describe_fields(
 ) -> dict[str, dict[str, Any]]:
     """Returns field -> {"value": ..., "default": ..., "from": where the value is from}.
 
-    The entry `from` is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the
-    field. Otherwise it is `default` for a default value, and the argument `file` for other values.
-
-    Fields of models and fusions, such as `model.embed_dim`, come last. Their default is None.
+    "from" is "command line" if a word `--config.FIELD=VALUE` of `overrides` sets the field.
+    Otherwise, it is "default" for a default value, and the value of `file` for other values. Fields
+    of models and fusions, such as `model.embed_dim`, come last. Their default is None.
     """
     values = dict(config_lib.fields(config))
     typed, rows = set(override_names(overrides)), {}

@@ -276,7 +276,7 @@ def add_convert_flags(parser: Parser) -> None:
 
 
 def convert_nets(args: argparse.Namespace) -> Result:
-    """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
+    """Converts the nets in `args.paths` for `vidjax who`, and writes a JSON file about each net."""
     paths, out = args.paths, args.out
     if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
@@ -333,7 +333,7 @@ def measure_card(args: argparse.Namespace) -> Result:
     if not (args.photos or args.input or args.gallery):
         raise UserError(
             "there is nothing to measure: add --photos=DIR, or --input=DIR with features\n"
-            "or copy the measurements in the nets' JSON files to a gallery: add --gallery=G"
+            "to copy earlier measurements from the nets' JSON files to a gallery, add --gallery=G"
         )
     gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()
@@ -349,8 +349,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
     """Returns what `vidjax measure-card` prints.
 
-    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery to which the
-    measurements were copied, or None.
+    `done` are the new measurements of nets. `gallery` is the gallery that has a copy, or None.
     """
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, unclear in done:

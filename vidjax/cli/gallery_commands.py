@@ -535,7 +535,7 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Enrols people in a new gallery. The exit code is 1 if a person has no clip there."""
+    """Enrols the people of gallery G in gallery NEW. The exit code is 1 if NEW lacks a person."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))

@@ -88,13 +88,14 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    With probability 0.5, a short clip gets the frames of another chosen short clip at its end. The
-    added frames get the next frame numbers. A long clip is cut to a random piece. Call this
-    function for each modality with the same `rng`, `chosen` and `short`, so that all modalities of
-    a clip get frames of the same clip, or are cut at the same relative position.
+    With probability 0.5, a short clip gets the frames of another short clip at its end. The added
+    frames get the next frame numbers. A long clip is cut to a random piece. Call this function for
+    each modality with the same `rng`, `chosen` and `short`, so that all modalities of a clip get
+    frames of the same clip, or are cut at the same relative position.
 
     Args:
-      chosen: [B] bool, True for clips that may change. It must be False on padded rows.
+      chosen: [B] bool. Clips with False do not change, and add no frames to other clips. It must be
+        False on padded rows.
       short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
       pieces: with `equal`, a piece has `max_frames` consecutive frames, or all frames if there are
         fewer. With `random`, its first and last frame are random (uniform).

@@ -42,7 +42,7 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """The number of class columns: "other", the identities, the clusters, and the mirrors."""
+        """The number of class columns: 1 + 2 x `num_identities` + `num_clusters`."""
         return 1 + 2 * self.num_identities + self.num_clusters
 
     @property

@@ -48,7 +48,7 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share and kept_share must be above 0 and at most 1, not {top_share}")
+        raise UserError(f"top_share or kept_share={top_share}: must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -226,7 +226,7 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
     """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
 
     Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
-    of them. Of LazyFeatures, `fn` receives the row numbers `index` instead of features.
+    of them. If the features are LazyFeatures, `fn` receives their row numbers, `index`, instead.
     """
 
     def field(*values: Array) -> Array:
@@ -261,13 +261,11 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames:
+    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames, all its
+    frames and random repeats are selected, or only random frames if `replacement` is True.
 
-    - If `replacement` is True, all selected frames are drawn with replacement.
-    - If not, each frame is selected, and frames are repeated: random frames if `rng` is given or
-      `fixed_draws` is True, otherwise all frames in turn.
-
-    Draws use the PRNG key `rng`, or a fixed key if `rng` is None.
+    Draws use the PRNG key `rng`, or a fixed key if `rng` is None. If `rng` is None, and
+    `replacement` and `fixed_draws` are False, nothing is drawn: frames are repeated in turn.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -324,12 +322,12 @@ def random_fusion(
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
-        `number` is the number of the first drawn frame, so the numbers of a clip are not in order.
+        A fused frame has the frame `number` of its first drawn frame, so numbers are not in order.
 
-    Source: quality fusion (4th place 2019) draws 1-5 frames with replacement, a fused vector per
-    clip and step, with weights quality x detection. `replacement=False` is from Residual Dense Net
-    (2nd place 2019), which shuffles and merges frames. `mixup` is from Zhang et al., but within a
-    clip, so labels need no mixing. In the papers, a clip has one draw.
+    Source: quality fusion (4th place 2019) fuses 1-5 frames, drawn with replacement, with weights
+    quality x detection. `replacement=False` is from Residual Dense Net (2nd place 2019), which
+    shuffles and merges frames. `mixup` is from Zhang et al., but within a clip, so labels need no
+    mixing. In the papers, `num_draws` is 1.
     """
     if rng is None:
         raise UserError(
@@ -361,11 +359,11 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     """Returns the frames and, for each frame, the mean of this frame and random other frames.
 
     The frames of a clip are put into a random, cyclic order. Each mean is taken over a frame and
-    the next 1 to `max_frames` - 1 frames in this order. `random_fusion` with `replacement=False`
-    makes similar frames with less computation.
+    the next n frames in this order, with a random n from 1 to `max_frames` - 1. `random_fusion`
+    with `replacement=False` makes similar frames with less computation.
 
     Args:
-      rng: PRNG key. If it is None, the order depends only on the number of real frames.
+      rng: PRNG key. If it is None, the order and each n depend only on the number of real frames.
       max_frames: largest number of frames in a mean, 2 or more. No mean contains a frame twice. So
         short clips have means of fewer frames.
 
@@ -437,7 +435,7 @@ def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
 
 
 def _read_norm(features: Array | LazyFeatures, t: Array | None) -> Array:
-    """Returns the L2 norm of the t-th frame of every clip, [B]; of all frames if `t` is None."""
+    """Returns the L2 norms of frame `t` of every clip, [B]; of every frame, [B, T], without `t`."""
     return jnp.linalg.norm(_read_frame(features, t).astype(jnp.float32), axis=-1)
 
 
@@ -686,7 +684,7 @@ def _fuse(
 
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the probabilities that a mean has at most 1, 2, ... `length` frames, float32.
+    """Returns the cumulative distribution of a random number of frames, float32 [length].
 
     `probs` are the relative probabilities of 1, 2, ... `length` frames, or None if they are equal.
     Raises UserError if `probs` are not `length` finite numbers of 0 or more.

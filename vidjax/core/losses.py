@@ -160,10 +160,10 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes the focal loss (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
+    """Computes the focal loss (1 - p)^gamma x cross-entropy, where examples of a batch share p.
 
-    -log p is the weighted mean of the cross-entropies in the batch. Each of the G branches of a
-    model (sets of logits for each example) has a separate p. Returns the loss of each label, [...].
+    -log p is the weighted mean of the cross-entropies in the batch, separately for each of the G
+    branches of a model (sets of logits for each example). Returns the loss of each label, [...].
 
     Args:
       logits: [..., K] float. For G branches: [B * G, K], with G neighbouring rows per example.
@@ -207,10 +207,10 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    A model has one or more branches (sets of logits). The loss of an example is the sum over the
-    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, each branch
-    is averaged over only its own examples: its weights are divided by their mean in the batch. For
-    the arguments, see `make_loss`. For the arguments of the result, see `Objective`.
+    A model has one or more branches (sets of logits). The loss of an example is the weighted sum of
+    the losses of its branches, with the weights `ModelOutput.loss_weight`. If `spec["mean_over"]`
+    is `branches`, a branch that learns from few examples counts as much as other branches. For the
+    arguments, see `make_loss`. For the arguments of the result, see `Objective`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -337,7 +337,7 @@ def is_label(labels: Array, num_classes: int) -> Array:
 
 @jax.custom_jvp
 def select_at_label(values: Array, labels: Array) -> Array:
-    """Returns [...], the entry of `values` [..., K] at each label. Labels are [...] int32."""
+    """Selects the entry of `values` [..., K] at each of `labels` [...] int32; returns [...]."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 

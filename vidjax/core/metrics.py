@@ -110,8 +110,7 @@ def identification_errors(
 
     Returns:
       The errors at the lowest threshold that a new distractor reaches with probability <= `fpir`.
-        The threshold has the precision of the scores. If no clip is known, or if there are too few
-        distractors for `fpir`, returns None.
+        If no clip is known, or if there are too few distractors for `fpir`, returns None.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -170,7 +169,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
     def share_above(rate: float) -> float:
-        """Returns the probability that the FPIR on new distractors is above `rate`."""
+        """Returns the probability that the false-positive identification rate is above `rate`."""
         others = num_distractors - counts
         logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
         return float(np.exp(logs).sum())
@@ -216,9 +215,9 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the mean of -log(probability of the right identity) over the known clips.
+    """Returns the mean of -log(probability of the right identity) over clips with a label above 0.
 
-    `labels` [N] int are above 0 for known clips. Returns None if no log-probability is known.
+    `labels` are [N] int. Clips without a log-probability are left out. None means no clips.
     """
     if clips.own is None:
         return None
@@ -238,9 +237,9 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Returns the threshold or the FNIR of open-set identification, see `identification_errors`.
 
-    `value` is `threshold`, or `fnir` for the share of known clips without the right name. At the
-    threshold, at most the share `fpir` of new distractors (clips of unknown people) gets a name.
-    Returns None if there are too few distractors, or no known clips.
+    `value` is `threshold`, or `fnir` for the share of clips of identities (label above 0) without
+    the right name. `fpir` is the largest share of future distractors, clips of unknown people, that
+    may get a name. Returns None if there are too few distractors, or no clips of identities.
     """
     pool = clips.pool
     known = labels[pool] > 0

@@ -104,10 +104,10 @@ def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -
 def piecewise(ramp: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by a piecewise linear function of the epoch.
 
-    `points` are pairs (epoch, factor), see `make_piecewise`.
+    `ramp` is the warm-up. `points` are pairs (epoch, factor), see `make_piecewise`.
 
-    Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) starts with
-    a low rate, jumps to the peak and halves it every 50 epochs.
+    Source: quality fusion (4th place of iQIYI-VID 2019). Its training.py (lines 314-331 at commit
+    60f5127) starts with a low rate, jumps to the peak and halves it every 50 epochs.
     """
     factor = make_piecewise(points, name="config.optim.points")
     # The epoch is taken at the middle of a step, so that rounding cannot move a jump by a step.
@@ -263,9 +263,8 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`,
-        although the rate is applied later; or `total_decay` is set, but the learning rates have a
-        sum that is 0, negative or not finite.
+      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`; or
+        `total_decay` is set, but the learning rates of all steps have no finite sum above 0.
     """
     every = spec["accumulate"]
     total_steps, steps_per_epoch = -(-total_steps // every), steps_per_epoch / every  # updates
@@ -281,8 +280,8 @@ def make_optimizer(
     options = select_options(OPTIMIZERS[name], spec)
     if "learning_rate" in options:  # `optax.adamw` would multiply by it, and by -1, a second time
         raise UserError(
-            f"config.optim.name='{name}': the optimiser must not take learning_rate\n"
-            "training applies the rate later: return, for example, optax.scale_by_adam()"
+            f"config.optim.name='{name}': the function in OPTIMIZERS must not take learning_rate\n"
+            "training applies the rate: let the function return, for example, optax.scale_by_adam()"
         )
     scaled = OPTIMIZERS[name](**options)
     restart = round(spec["restart_epoch"] * steps_per_epoch)
@@ -291,8 +290,8 @@ def make_optimizer(
         rates = float(jnp.sum(jax.jit(schedule)(jnp.arange(total_steps))))  # one program
         if not 0 < rates < math.inf:
             raise UserError(
-                f"config.optim.total_decay={spec['total_decay']}: the sum of all learning rates is "
-                f"{rates}, but must be above 0 and finite\n"
+                f"config.optim.total_decay={spec['total_decay']} is divided by the sum of the "
+                f"learning rates of all steps. The sum is {rates}, but must be above 0 and finite\n"
                 "change --config.optim.learning_rate, or set --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates

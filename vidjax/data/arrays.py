@@ -126,7 +126,7 @@ EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` add
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its files: one parquet table, or files `CLIP.npz` and `DAY/CLIP.npz`.
+    """Returns split -> its files: one parquet table, or files `CLIP.npz`, also in subfolders.
 
     `folder` contains, for example, `train.parquet` or the folder `train`.
 
@@ -173,8 +173,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
     """Raises UserError if parts of a split, such as train-00000-of-00002.parquet, would be ignored.
 
-    `tables` are the paths of all tables. `present` are the splits that have files with the expected
-    names. If a split is not in `present`, a single part is no error, see `refuse_split`.
+    `tables` are the paths of all tables. `present` are the splits whose files were found.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
@@ -182,12 +181,12 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
         if parts and (split in present or len(parts) > 1):
             raise UserError(
                 f"'{parts[0]}' would be ignored, because a split is one table, {split}.parquet\n"
-                f"join the tables, or write a file {split}/CLIP.npz for each clip"
+                f"join the tables of {split}, or write a file {split}/CLIP.npz for each clip"
             )
 
 
 def list_npz_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns two lists: the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and other paths.
+    """Returns two lists: the files `CLIP.npz` in a folder and its subfolders, and other paths.
 
     Files of `vidjax extract` that are not clips, such as `extract.json`, are in neither list.
     """

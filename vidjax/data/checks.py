@@ -184,10 +184,9 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality in which all frames have almost the same quality.
+    """Yields a message for each modality whose feature norms serve as quality and are almost equal.
 
-    A modality is checked if the quality of a frame is the norm of its features. `report` is the
-    data report.
+    `report` is the data report.
     """
     for modality in modalities:
         counts = _list_counts(report, report["splits"], modality)
@@ -343,6 +342,6 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Returns the form of a name, such as a-0 for Jan-01. For a name without digits, returns ""."""
+    """Replaces words by a and numbers by 0: a-0 for Jan-01. Without digits, returns ""."""
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

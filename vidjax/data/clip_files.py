@@ -224,7 +224,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: occurs with and without .mp4: delete the rows of one clip")
+            raise UserError(f"{place}: named with and without .mp4: delete the rows of one name")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}

@@ -173,10 +173,10 @@ class _Pages:
                     view = {}
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
-                    raise UserError(f"there is already {other}: do you mean {other}?")
+                    raise UserError(f"the similar name {other} is taken: do you mean {other}?")
                 elif asks and (merged := review.list_merged(name, of)):
                     problem = problem._replace(asked=True)
-                    raise UserError(f"there is already {name}. Is {merged[0]} the same person?")
+                    raise UserError(f"the name {name} is taken. Is {merged[0]} the same person?")
                 elif asks and name and not is_unknown(name) and review.is_unclear(of):
                     problem = problem._replace(asked=True)
                     raise UserError("the face is unclear, and may be somebody else. Are you sure?")

@@ -1,11 +1,10 @@
 """Searches the frames of a film for people, and saves time by searching most frames only in part.
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
-frame of a group is searched as a whole. Then the other frames are searched, the latest first. Each
-is searched only near people who were detected in the frame after it, or in the last frame before
-the group. If fewer people are detected than in one of these two frames, the whole frame is
-searched. At least one frame per second is searched as a whole. So a person who is visible for a
-second is detected in such a frame, and then near the same place in the other frames.
+frame of a group is searched as a whole. The other frames of the group are searched only near the
+people in two reference frames: the next frame, and the last frame of the previous group. If fewer
+people are detected than in one of the reference frames, the whole frame is searched. At least one
+frame per second is searched as a whole, so that new people are detected.
 """
 
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ class FilmSearch:
         self._group.append(SearchedFrame(number, time_s, rgb, NO_FACES))
 
     def end_shot(self) -> Iterator[SearchedFrame]:
-        """Ends a shot; yields the frames that `add` has not yielded yet, with faces."""
+        """Ends a shot; searches and yields the frames that `add` has not yielded yet."""
         # The last frame of a short shot may be part of a fade, so the first frame is also searched.
         if self._group and self._before is None:
             first, *self._group = self._group

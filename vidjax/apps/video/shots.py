@@ -76,9 +76,9 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray, jumps: bool = False) -> bool:
         """Adds the next frame of the film; returns whether a new shot has begun.
 
-        `small` is the frame in reduced size, uint8 [h, w, 3]. The first frame of a film begins the
-        first shot. `jumps` is True if there is a gap in time before the frame: then a shot begins,
-        too. A dissolve is detected at its end, but `starts` gets the time of its middle.
+        `small` is the frame in reduced size, uint8 [h, w, 3]. `jumps` is True if there is a gap in
+        time before the frame. The first frame, and a frame after a gap, begin a shot. A dissolve is
+        reported at its end, but `self.starts` gets the time of its middle.
         """
         picture = _Picture(small)
         if jumps:
@@ -148,10 +148,10 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns bool [2]: whether each element of `change` is larger than in earlier changes.
+        """Returns bool [2]: whether each element of `change` stands out from earlier changes.
 
-        `change` [2] is the difference of two pictures, and 1 - their correlation. Larger means over
-        `times_usual` x the median of recent changes, and over `times_last` x the previous change.
+        `change` is [difference of two pictures, 1 - their correlation]. An element stands out above
+        `times_usual` x its median in recent changes, and above `times_last` x its previous value.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

@@ -1,8 +1,7 @@
 """Joins the detections of a person in the frames of a shot into a track.
 
-Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting
-begins at a frame in which the person is detected, and ends at the next searched frame, or at the
-end of the shot.
+Boxes are (left, top, right, bottom) in pixels of the upright picture. A track has a sighting for
+each detection: the time from the detection to the next frame, or to the end of the shot.
 """
 
 import dataclasses
@@ -125,8 +124,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, at `time_s` seconds.
 
-        Returns the number of each detection's track, int [N], or -1 if the detection is dropped. It
-        is dropped where tracks overlap, so that one person may hide another.
+        Returns int [N], the number of the track of each detection. -1 marks a dropped detection:
+        tracks overlap there, and one person may hide another.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -221,8 +220,7 @@ class MainFigures:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the boxes [N, 4] of the people in the next frame, at `time_s` seconds.
 
-        Returns the number of each person's track, int [N]. Only the main person has a track, with
-        the number of the shot. All other people have -1.
+        Returns int [N]: the number of the shot for the main person, and -1 for all other people.
         """
         self._frames += 1
         self._track.end_sighting(time_s)
@@ -249,7 +247,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """A set with one number: the number of the current shot, and of the only track in it."""
+        """The number of the current shot, in a set. The track of the shot has the same number."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -374,8 +372,7 @@ def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns bool [N], True for a detection where one person may hide another.
 
     `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] are their overlaps with
-    the detections. The result is True if k > 1 tracks overlap each other and the detection, and
-    fewer than k detections overlap these tracks.
+    the detections. For example, two tracks overlap, but only one detection overlaps the tracks.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

@@ -56,11 +56,11 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     def update(
         self, films: Sequence[MediaFile], said: Said, numbers: Mapping[str, int], unread: Set[str]
     ) -> "UnknownNumbers":
-        """Returns the new contents of `unknown.json`, for the clips of `films`.
+        """Returns the new contents of `unknown.json`: the numbers of faces in `films` and `unread`.
 
-        `numbers` is clip -> number. `unread` has the sha256 of films whose features were deleted
-        because the nets changed. Only faces in `films` and `unread` keep their numbers. Numbers
-        from corrections are left out, because the log `said` contains them.
+        `numbers` is clip (a face in a shot of `films`) -> number. `unread` has the sha256 of films
+        whose features were deleted because the nets changed: their faces keep the old numbers.
+        Numbers from corrections are left out, because the log `said` contains them.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -76,7 +76,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Reads `unknown.json` in the folder `out`. If the file is missing, the result has no faces."""
+    """Reads `unknown.json` in `out`. If the file is missing, returns an empty UnknownNumbers."""
     if not files.exists(path := out / NUMBERS):
         return UnknownNumbers()
     content, _ = json_files.load(path, dict, REMEDY, MOST_BYTES)
@@ -88,7 +88,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
-    """Writes which number each unknown person has into `unknown.json` in the folder `out`."""
+    """Writes `unknown.json`, the numbers of unknown people, into the folder `out`."""
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
 
@@ -98,14 +98,14 @@ def number_people(
 ) -> dict[str, int]:
     """Groups similar clips; returns clip -> number of the unknown person.
 
-    If a film is new, all clips are grouped again. If no film is new, old groups stay together, and
-    new clips may join them. A group gets the number that most of its clips had.
+    If a film is new, only groups that a user has corrected stay together. Otherwise, all old groups
+    stay together, and new clips may join them. A group gets the number that most of its clips had.
 
     Args:
       tracks: the clips without a name.
       said: the corrections in the log, and the numbers of clips after the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: the highest number of an old group. No two old groups are joined.
+      highest: no two groups with numbers up to `highest` are joined, unless a film is new.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -127,10 +127,10 @@ def _keep_numbers(
 ) -> dict[str, int]:
     """Gives each group of clips a different number; returns clip -> number.
 
-    `before` is clip -> old number. `groups` is clip -> preliminary name of its group. A group gets
-    the old number of most of its clips. If two groups want a number, the group with more clips of
-    this number gets it. Numbers in `fixed`, of people whom a user has corrected, are given before
-    all others. Groups without an old number get numbers above `highest`.
+    `groups` is clip -> preliminary name of its group. `before` is clip -> old number. Pairs (group,
+    old number of some of its clips) are chosen greedily: first the numbers in `fixed`, of people
+    whom a user has corrected, then the pairs with the most clips. All other groups get numbers
+    above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

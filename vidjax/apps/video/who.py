@@ -154,7 +154,7 @@ def name_people(
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised"
-                + f"\n{PAGE} and the tables are deleted: they name people without photos" * lost
+                + f"\n{PAGE} and the tables were deleted: they named people without photos" * lost
                 + "\nadd photos that each show only one person"
             )
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
@@ -281,9 +281,9 @@ class _Call:
         return is_doubtful and card_notes.compare(gallery.state).problem == "closer"
 
     def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
-        """Reports films that are missing, too dark, or without thumbnails, with remedies.
+        """Reports missing, dark and upside-down films, and films without thumbnails.
 
-        If `pruned` is True, the flag `--prune` was given. Then missing films are not reported.
+        If `pruned` is True (the flag `--prune` was given), missing films are not reported.
         """
         missing = [film.video for film in films if not os.path.exists(film.source.path)]
         if missing and not pruned:
@@ -387,18 +387,18 @@ class _Call:
             )
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports `films`, and photos of people, that were not read with the current nets."""
+        """Warns of `films` and of photos of people, if any: the present nets have not read them."""
         for film in [*films.values()][:1]:
             self.warn(
-                f"films that were not read with the new nets: {len(films):,}, such as "
+                f"films that were not read with the present nets: {len(films):,}, such as "
                 f"{film.video}. Names and corrections are kept, but the tables lack these films\n"
                 "to read them, add them to the command"
             )
         faces = people_photos.list_unread(self.out)
         for face in sorted(faces.values())[:1]:
             self.warn(
-                f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} "
-                f"of {show(face.person)}\nto use these photos, add --people=FOLDER to the command"
+                f"faces in photos that were not read with the present nets: {len(faces):,}, "
+                f"such as {face.clip} of {show(face.person)}\nto read photos, add --people=FOLDER"
             )
 
     def read_typed_names(self) -> set[str]:
@@ -425,7 +425,7 @@ class _Call:
                 if old not in (None, name):
                     raise UserError(
                         f"face '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
-                        "correct the name with vidjax review, or delete the row of this face"
+                        f"correct the name with vidjax review, or delete the face from {path.name}"
                     )
                 if old is None and (face := film.faces.get(clip)):
                     lines.append(said_lib.about(face, "is", of=name, video=film.video))
@@ -443,10 +443,10 @@ class _Call:
     ) -> dict[str, str]:
         """Renames a person in films if all photos of this person are now under another name.
 
-        `moved` is old name -> the people who have the photos now. `known` are the people with
-        enrolled photos. Faces to which the user has given the old name get the new name. If several
-        people have the photos, the faces keep the old name, and a warning says how to change it.
-        Returns old name -> new name.
+        `moved` is old name -> the people who have the photos now. If one person has them, faces to
+        which the user gave the old name get the new name. If several people have them, a warning
+        says how to change the old name. `known` are the people who had photos before. Unless they
+        are in `moved`, they do not get corrections `not NAME`. Returns old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
@@ -459,8 +459,8 @@ class _Call:
                 words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
-                    f"the photos of {show(person)} are now photos of {others}. You gave the name "
-                    f"{show(label)} to {count}, and this name stays\n"
+                    f"the photos of {show(person)} are now photos of {others}. {count} that you "
+                    f"named {show(label)} kept this name\n"
                     f"to change this name: vidjax gallery rename {shlex.join(words)}"
                 )
             elif len(owners) == 1 and label != wanted:
@@ -484,11 +484,11 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people who have no photos left, and deletes the features of these photos.
+        """Forgets people whose photos were all deleted, and deletes features of deleted folders.
 
-        `before` is clip -> face in an earlier photo. `names` are the people with photos. Features
-        in a folder `OUT/people/NAME` are deleted if NAME is not in `places`. If `forget_missing` is
-        False, a person stays known if the user has given this name to a face.
+        `before` is clip -> face in an earlier photo. `names` are the people with photos now. The
+        features in `OUT/people/NAME` are deleted if NAME is not in `places`. If `forget_missing` is
+        False, a person stays known if the user has given the name of the person to a face.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
