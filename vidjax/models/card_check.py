@@ -73,7 +73,7 @@ def compare(
       total: [D], the sum of all people's mean vectors (each the mean of a person's unit vectors).
       squares: [P], the squared length of each person's mean vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
-      deviation: the standard deviation of cosines between two people's mean vectors; 0 if unknown.
+      deviation: standard deviation of the inner products of people's mean vectors; 0 if unknown.
     """
     squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
     repeated, people = counts > 1, len(counts)
