@@ -194,7 +194,7 @@ FAULTS = {
     "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
     "byte order mark": ("\ufeff1 a.mp4\n", "0", "line 1: a byte order mark precedes identity '1'"),
     "line ends of old Macs": ("1 x.mp4 a.mp4\r", "0.5", "lines end as on old Macs"),
-    "no ending": ("1 a x.mp4\n", "0", "line 1: the organisers' script does not find 'a'"),
+    "no ending": ("1 a x.mp4\n", "0", "line 1: the iQIYI-VID script does not find 'a'"),
     "another ending": ("1 x.mp4 a.MP4\n", "0", "the ground truth has 'a.mp4': write the same"),
     "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),

@@ -116,8 +116,7 @@ class Ranker:
 
         - The checkpoint was not evaluated.
         - Fewer than 99 clips of strangers were evaluated.
-        - An ensemble was evaluated on its training clips. Only a few members scored each of them,
-          but all members score a new clip, so the measured threshold is too strict for new clips.
+        - An ensemble was evaluated out of fold, so not all members scored each clip.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -160,11 +159,12 @@ class Ranker:
           clips, split: N clips, see `Ranker`.
           k: largest number of identities per clip.
           threshold: lowest score of an answer. `float("-inf")` sets no limit. None means the
-            property `threshold`, or no limit if the run was evaluated without strangers.
+            property `threshold`. If the run was evaluated without strangers, None means no limit.
+            If the property is unknown for another reason, None is an error.
 
         Raises:
-          ValueError: clips do not fit the run, k is below 1, `threshold` is NaN, `threshold` is
-            above 0 although scores are logarithms, or no `threshold` is given or known.
+          ValueError: clips do not fit the run, k is below 1, or `threshold` is NaN, None (see
+            above), or above 0 although scores are logarithms.
         """
         check_argument("identify: k", k, number_types.Integral, "a number of identities")
         if k < 1:
@@ -220,7 +220,7 @@ class Ranker:
         Clips with equal scores are in the order of their names. For `clips` and `split`, see
         `Ranker`. `advance` is called after each block of clips, with the number of rows of the
         block, including padding. A blend with `config.join.diffusion` ranks by scores averaged over
-        similar clips, but returns the scores before averaging: they may not fall along the list.
+        similar clips, but returns the scores before averaging, so a score can exceed the one above.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -262,7 +262,7 @@ class Predictor(Ranker):
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      model: the model with its weights. `model_of` adds the clips of a request.
+      model: the model with its weights, without clips to score.
       embed_fn: a function that computes the embeddings [B, D] of B clips by one net of an ensemble.
     """
 
@@ -292,8 +292,8 @@ class Predictor(Ranker):
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
-        Row n is clip n of `clips`, or clip n of the split. If the clip has no usable frame, the row
-        is 0. For `clips` and `split`, see `Ranker`. For `advance`, see `rank`.
+        Row n is clip n of `clips`. If `clips` is a dataset, row n is clip n of the split. Without a
+        usable frame, the row is 0. For `clips` and `split`, see `Ranker`; for `advance`, `rank`.
 
         The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
         the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
@@ -348,7 +348,7 @@ class JointPredictor(Ranker):
     """A blend, which joins the scores of R runs. `Ranker` describes the methods.
 
     Attributes:
-      runs: the runs of the blend, without the cross-validation runs of `vidjax train`.
+      runs: the runs whose scores are joined, see `RunFolder.list_runs`.
       numbers: the learned parameters that join the scores, or None.
       weights: the weights [R] of the runs, which are used only if `numbers` is None.
     """
@@ -442,9 +442,9 @@ def restore_run(
 def _read_results(folder: RunFolder, step: int | None) -> Mapping[str, Any]:
     """Returns the results of the checkpoint of `step`, or {} if it was not evaluated.
 
-    Reads `metrics.json`, with results of the last checkpoint. If they are of another step, reads
-    `metrics_<split>.json`. Results that were computed with changed settings do not count, because
-    their threshold may differ. If the folder is a blend of several runs, `step` is None.
+    If `metrics.json` has the results of another checkpoint, reads the file of `config.eval.split`,
+    such as `metrics_val.json`. An evaluation with changed settings does not count, because its
+    threshold may differ. For a blend of runs, `step` is None.
     """
     for apart in (False, True):
         try:

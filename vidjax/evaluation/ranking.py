@@ -87,7 +87,7 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """A submission file as the challenge's script reads it: a ranking, and faults of the file."""
+    """The ranking in a submission file, and the faults of the file. See `read_submission`."""
 
     ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
     # A sentence for each kind of fault: the first line with the fault, and the number of lines.
@@ -143,7 +143,7 @@ def read_submission(
         identity, names = normal_form(unescape(fields[0])), list(dict.fromkeys(fields[1:]))
         if len(names) > MAX_NAMES:
             raise UserError(
-                f"{place}: the line has {len(names)} clips, so the organisers' script refuses the "
+                f"{place}: the line has {len(names)} clips, so the iQIYI-VID script refuses the "
                 f"file: name at most {MAX_NAMES}"
             )
         if identity in ranking:
@@ -153,7 +153,7 @@ def read_submission(
             note(
                 "byte order mark",
                 f"{place}: a byte order mark precedes identity '{show(identity[1:])}', so the "
-                "organisers' script does not find this identity: save the file without the mark",
+                "iQIYI-VID script does not find this identity: save the file without the mark",
             )
         elif positives is not None and identity not in positives:
             note(
@@ -167,7 +167,7 @@ def read_submission(
             form = " in another Unicode form" * (normal_form(name) == normal_form(clip))
             note(
                 "spelling",
-                f"{place}: the organisers' script does not find '{show(name)}', because the ground "
+                f"{place}: the iQIYI-VID script does not find '{show(name)}', because the ground "
                 f"truth has '{show(clip)}'{form}: write the same name",
             )
         ranking[identity] = names
@@ -274,12 +274,12 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     if text.startswith(BOM):
         warn(
             f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', so the "
-            "organisers' script does not find this name: save the file without the mark"
+            "iQIYI-VID script does not find this name: save the file without the mark"
         )
     lines = enumerate(_split(text.removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
         warn(
-            f"{path}: line {empty[0]}: the line is empty, but the organisers' script counts it as "
+            f"{path}: line {empty[0]}: the line is empty, but the iQIYI-VID script counts it as "
             "an identity: delete it"
         )
     return positives

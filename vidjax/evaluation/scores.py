@@ -37,17 +37,16 @@ LARGE = 10**9  # bytes of a scratch file from which its size is printed
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of clips of a split for C identities.
+    """The scores of a split with N clips for C identities. Clips may lack scores.
 
     Attributes:
-      array: [n, C] float32, memory-mapped, with a row for each of the n clips that have scores.
-      use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips
-        of the split.
+      array: [n, C] float32, memory-mapped. The n rows are the clips that have scores.
+      use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips.
       kind: `in_sample` if members score clips that they were trained on. `out_of_fold` if members
-        of folds or bootstrap samples skip such clips. Otherwise the name of the split.
+        of folds or bootstrap samples skip their training clips. Otherwise the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if clips keep the scores of all identities, False if only the highest scores.
-      clips: the names of the N clips of the split.
+      clips: the names of the N clips.
       identities: the names of the C identities.
     """
 
@@ -248,8 +247,8 @@ def evaluate(
 
     Args:
       blocks: the scores of the clips. If `members` are given, also the scores of each member.
-      scores: says which clips and identities `blocks` are for. `scores.array` is not read.
-      model: the model, or the first model of a blend. It contains the labels of the clips.
+      scores: the clips and identities of `blocks`. `scores.array` is not read.
+      model: the model, or the first model of a blend. `model.data` contains the split.
       split_name: the split.
       top: a ranking of the clips that replaces the ranking by scores.
       members: the members of the ensemble whose MAP is computed, too.
@@ -287,9 +286,9 @@ def evaluate(
 def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
     """Counts clips and identities in the ground truth of a split with N clips.
 
-    The first result, [C] int, is the number of clips of each identity of the model, among the clips
-    where `pool` [N] bool is True. If `pool` is True for all clips, the second result is the number
-    of identities that the model does not have, whose average precision is 0. Otherwise, it is 0.
+    The first result, [C] int, is the number of clips of each identity of the model, minus the clips
+    where `pool` [N] bool is False. The second result is the number of identities that the model
+    does not have. If `pool` is False for any clip, the second result is 0.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0

@@ -177,15 +177,14 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def iterate_windows(
     model: TrainedModel, split_name: str, use: np.ndarray | None = None
 ) -> Iterator[list[Batch]]:
-    """Yields the clips of a split in windows. A window is a list of blocks (batches on devices).
+    """Yields the clips of a split in windows. A window is a list of batches on the devices.
 
-    A member (net) of an ensemble scores a whole window before the next member starts. So weights
-    are exchanged less often. The memory for features and scores limits the size of a window. If
-    there is only one member, a window has only one block. A block has `model.block_size` clips per
-    device. On accelerators, blocks are up to 8 times as large if all clips are short.
+    A member (net) of an ensemble scores a whole window before the next member starts. For a single
+    member, a window has only one batch. A batch has `model.block_size` clips per device. On
+    accelerators, batches are up to 8 times as large if all clips are short.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. If possible, all clips
-    of a block are scored by the same members. Clips that no member scores are left out. If `use` is
+    of a batch are scored by the same members. Clips that no member scores are left out. If `use` is
     None, the windows contain all clips.
     """
     split, num_members = model.data.split(split_name), len(model.training_sets.members)
@@ -213,17 +212,16 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns the factor, 1 to 8, on `block_size`. The shorter the clips, the larger it is."""
+    """Returns how many blocks are joined into one, 1 to 8: the shorter the clips, the more."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Splits the groups of clips in `plan`, so that the same nets score all clips of a group.
+    """Splits each group of clips of similar length in `plan` by the nets that score the clips.
 
-    `use` [E, N] bool is True where one of E nets scores one of N clips. All clips of a group have
-    similar lengths. Small groups of similar length, with fewer than `rows` clips each, are merged,
-    although different nets score their clips. So blocks of `rows` clips have little padding.
+    `use` [E, N] bool is True where one of E nets scores one of N clips. Parts of a group with fewer
+    than `rows` clips stay together, because a block of `rows` clips would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -6,10 +6,10 @@ many times, with random weights of the identities. Two values are added to the a
 average precisions are equal. If all are 0 or 1, the interval equals the Jeffreys interval of a
 proportion. If the average precisions vary, the interval is hardly wider than a t interval.
 
-The interval of the difference between two runs contains a paired t interval, which is far too
-narrow if most differences are equal and a few lie far away, and a Bayesian bootstrap interval, see
-`_draw_low_means`. The interval of the difference between two groups of runs also includes the
-variance between seeds.
+The interval of the difference between two runs is the smallest that contains a paired t interval
+and a Bayesian bootstrap interval. If most differences are equal and a few lie far away, the t
+interval is far too narrow. The interval of the difference between two groups of runs also includes
+the variance between seeds.
 
 `tests/benchmarks/README.md` reports how often the intervals contain the true value.
 
@@ -73,12 +73,11 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
     are exchanged, (low, high) becomes (-high, -low).
 
     The interval is the smallest that contains a paired t interval and a Bayesian bootstrap
-    interval. The bootstrap adds a gap for an unseen identity, see `_draw_low_means`. The sources
-    add -1 or 1. With few identities, this would hide differences that a t test finds.
+    interval. The bootstrap adds a guess for the gap of an unseen identity, see `_draw_low_means`.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable.
+    mean of a bounded random variable. In both articles, the guess is the bound, -1 or 1.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -95,16 +94,14 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Draws means with random weights (Bayesian bootstrap) of `gaps` and a low guess, [draws].
+    """Draws randomly weighted means of `gaps` and a low guess, [draws]: a Bayesian bootstrap.
 
     `gaps` [C] are the differences in average precision between two runs, one for each identity. The
-    guess stands for an unseen identity. It depends on the share of pairs of equal gaps:
+    guess is the gap of an unseen identity. It is low - (1 + low) r, where low is halfway between
+    the mean gap and the lowest gap. If s is the share of pairs of equal gaps, r is:
 
-        share up to 1/3:  halfway between the mean gap and the lowest gap
-        share 1:          -1, because the gaps do not vary, but a rare gap can be low
-        between:          linear interpolation
-
-    With fewer than FEWEST_IDENTITIES gaps, the interpolation is quadratic, from share 0 to 1.
+        max(0, 1.5 s - 0.5)    with FEWEST_IDENTITIES or more gaps
+        s^2                    with fewer gaps
     """
     # The limit is 1/3, because two good systems rank 60 % of the identities without a mistake.
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)

@@ -91,7 +91,7 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Replaces `keys` by the k best keys of `keys` and of the clips that `add` collected."""
+        """Adds the clips that `add` collected to `keys`, but keeps only the k best clips."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -109,7 +109,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Computes, for each identity, the lowest score of a clip that `add` collects."""
+        """Computes, for each identity, the score below which `add` ignores a clip."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)

@@ -105,9 +105,9 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
     if task.num_identities != people or columns > most:
         raise CheckpointError(
-            f"'{workdir}': the checkpoint lists {people:,} identities, but its manifest has "
-            f"{task.num_identities:,} identities and {columns:,} classes (possible: up to {most:,} "
-            f"classes)\n{members_file.REMEDY}"
+            f"'{workdir}': the checkpoint lists {people:,} identities, so up to {most:,} classes, "
+            f"but its manifest has {task.num_identities:,} identities and {columns:,} classes\n"
+            f"{members_file.REMEDY}"
         )
     return FoundRun(folder, saved, task, identities, training_sets)
 
@@ -192,10 +192,10 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns `sets`, the training clips of each net of an ensemble, which the net does not score.
+    """Returns `sets`, the clips that each net of an ensemble was trained on.
 
-    If the digests of `data` are not `own`, the digests of the training data, warns that clips of
-    `split` only have the names of training clips, and returns empty sets: all nets score them.
+    `own` are the digests of the training data. If `data` has other digests, but clips of `split`
+    have names of training clips, warns that they count as other clips, and returns empty sets.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -56,8 +56,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: for a model that contains models, such as `main`: field with a model -> field with the
-        modalities of that model, such as {"main": "main_modalities"}.
+      parts: if the model contains other models, the name of the field with such a model -> the
+        name of the field with its modalities, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()

@@ -72,10 +72,10 @@ class System(NamedTuple):
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], hidden_chunk: Array
     ) -> dict[str, Frames]:
-        """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
+        """Selects or averages the frames of each modality: Frames [B, T] become Frames [B, T'].
 
-        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the features are divided
-        into chunks, and one chunk is removed. `hidden_chunk`, [] int32, is its number.
+        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, chunk `hidden_chunk` (an
+        int32) of every feature vector is removed, see `ensemble.drop_chunk`.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -113,14 +113,14 @@ class System(NamedTuple):
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
-        """Turns B clips into the inputs of the model, n examples for each clip.
+        """Turns each of B clips into n examples, the inputs of the model.
 
         `frames` is modality -> Frames [B, T'], the result of `fuse`. Returns the examples, modality
         -> Frames, and [B, n] bool, False for padding.
 
-        If `frame_is_example` is False, n is 1, and the examples are `frames`. If it is True, each
-        frame is an example: n is the largest T', and the result has Frames [B n, 1]. If a modality
-        has only one frame per clip, all examples of the clip contain this frame.
+        If `frame_is_example` is False, n is 1, and `frames` are the examples. If it is True, each
+        frame is an example, and the result has Frames [B * n, 1]. n is T', equal in all modalities
+        except those with T' = 1. All examples of the clip contain a frame of T' = 1.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -378,9 +378,8 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds a function (labels [B], step) -> weights of B training clips in the loss, [B].
 
-    The schedule `spec["mirror_weight"]` gives the weight of distractors that the model mistakes for
-    an identity (mirror classes). All other clips have the weight 1. `layout` says which classes are
-    mirror classes, or is None if there are none.
+    The schedule `spec["mirror_weight"]` is the weight of clips whose label is a mirror class, see
+    `NoiseClassLayout`. Other clips have the weight 1. Without mirror classes, `layout` is None.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

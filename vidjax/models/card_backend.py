@@ -5,21 +5,19 @@ the clip. The variance of y, summed over all dimensions, is B, and the variance 
 network that computes vectors has a card, a JSON file. The card has four numbers: the mean and the
 standard deviation of the cosines of two clips of a person, and of the cosines of clips of two
 people. The four numbers give W, B and two effective numbers of dimensions, n_same and n_different.
-The squared distance |x - x'|^2 of two clips has a gamma distribution:
+The squared distance |x - x'|^2 = 2 - 2 cosine of two clips has a gamma distribution:
 
     two clips of a person:    the mean is 2 W, and the shape is n_same / 2
     clips of two people:      the mean is 2 (W + B), and the shape is n_different / 2
 
 The sum of the squares of n independent Gaussians of equal variance has such a distribution with the
-shape n / 2. All directions of x - x' in n_different dimensions are assumed to be equally likely,
-for clips of one person and of two people. So the density of x follows from that of the distance.
+shape n / 2. The density of x is the gamma density of the squared distance s, divided by
+s^(n_different / 2 - 1): all directions in n_different dimensions are equally likely.
 
 Vectors are scaled to unit length, which makes their cosines spread less. `count_shape` corrects
 n_same and n_different for this effect.
 
-The card may contain an estimate of m, which the vectors of the N enrolled people correct. If the
-card has no estimate, only these vectors determine m. If each person then has a single clip, the
-posterior of m has the variance (W + B) / N.
+The vectors of the enrolled people determine the posterior of m. The card may contain a prior mean.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
 each other than the card predicts. They count as fewer than k clips, see `effective_count`.
@@ -74,7 +72,7 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def count_shape(variance: float, deviation: float) -> float:
-    """Returns the parameter shape of the gamma distribution of squared distances, n / 2.
+    """Returns the shape parameter of the gamma distribution of squared distances.
 
     `variance` is 1 - the mean of the cosines. `deviation` is the standard deviation of the cosines.
     """
@@ -113,11 +111,11 @@ def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np
 def population(
     distances: Distances, mean: np.ndarray | None, weighed: Iterable[tuple[np.ndarray, float]]
 ) -> Population:
-    """Computes the posterior of m, the mean vector of the population.
+    """Computes the posterior of the mean vector of the population.
 
-    `mean` [D] is the prior mean from the card of the net (a JSON file), or None if the card has
-    none. `weighed` has a pair for each of one or more groups of enrolled people: the weighted sum
-    [D] of the mean vectors of the people, and the sum of the weights, see `weigh`.
+    `mean` [D] is the prior mean from the card of the net (a JSON file), or None. An item of
+    `weighed` is for a group of enrolled people: the sum of weight x mean vector of a person, [D],
+    and the sum of the weights, see `weigh`.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:
@@ -135,10 +133,10 @@ class Posterior(NamedTuple):
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of the mean vector of each of N people, given `distances`.
+    """Computes the posterior of the mean vector of each of N people.
 
-    `effective` [N] are the effective numbers of clips of the people, see `effective_count`. `known`
-    is the result of `population`.
+    `distances` has the variances. `known` is the result of `population`. `effective` [N] are the
+    effective numbers of clips of the people, see `effective_count`.
     """
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
@@ -167,10 +165,10 @@ def person_log_density(
 def stranger_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of clips by `distances`, if the clips show strangers.
+    """Computes the log density of clips, each under the hypothesis that it shows a stranger.
 
     `square` is the squared distance between the clip and the mean of the population. `variance` is
-    the expected value of `square` for a stranger. Both are float arrays that broadcast.
+    the expected value of `square` under the hypothesis. For the rest, see `person_log_density`.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -183,10 +181,10 @@ def pair_log_ratios(
     """Computes log(p(clips | one person) / p(clips | two people)) for pairs of groups of clips.
 
     Args:
+      distances: the distributions of distances between clips of one person, and of two people.
       square: the squared distance between the means of the two groups.
       noise: 1 / k + 1 / k' for groups of k and k' effective clips (see `effective_count`).
-      clarity: how clear the clips are, from 0 to 1. In unclear clips, people differ less:
-        `distances.between` is multiplied by this number.
+      clarity: factor on `distances.between`, 0 to 1: people differ less in unclear clips.
     """
     # The distances of the groups from the mean m of people are not used. People in a film may all
     # differ from m in the same direction, and would look like one person.

@@ -1,11 +1,9 @@
 """Checks whether the vectors of enrolled people fit the card of the net that computed the vectors.
 
-The card is a JSON file. It lists statistics of two kinds of cosines: between two vectors of one
-person, and between vectors of two people, see `card_backend`.
-
-Two variances of the vectors are estimated, and compared with the card: W between clips of one
-person, and B between people. Each person has the same weight. A card counts as wrong only if an
-estimate is improbable under the card, and differs from the card by a large factor.
+The card, a JSON file, gives two variances: W between clips of one person, and B between people. See
+`card_backend`. Both variances are also estimated from the vectors, where each person has the same
+weight. A card counts as wrong only if an estimate is improbable under the card, and differs from
+the card by a large factor.
 """
 
 import math
@@ -35,7 +33,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """How much the vectors of people differ, compared with the card (JSON file) of the net."""
+    """How much people's vectors vary, relative to the variances in the card of the net."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
@@ -71,11 +69,11 @@ def compare(
     """Compares the variances of the vectors of P people with the variances in the net's card.
 
     Args:
-      distances: the distributions of distances, according to the card (a JSON file).
+      distances: the variances W and B in the card, a JSON file, and shapes of distributions.
       total: [D], the sum of all people's mean vectors (each the mean of a person's unit vectors).
       squares: [P], the squared length of each person's mean vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
-      deviation: the standard deviation of the cosines of people's mean vectors; 0 if unknown.
+      deviation: standard deviation of the inner products of people's mean vectors; 0 if unknown.
     """
     squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
     repeated, people = counts > 1, len(counts)
@@ -127,9 +125,9 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
 
     Returns the first of these values that applies:
 
-        False:  more than 5 % of the pairs are farther apart than the card allows for two people.
-                Nets that see colours instead of faces give such distances.
-        True:   at least half of the pairs are as far apart as two people.
+        False:  more than 5 % of the pairs are too far apart even for two people. The net may see
+                colours instead of faces.
+        True:   at least half of the pairs are about as far apart as usual for two people.
         None:   otherwise. The net may be good: twins, mirrors and split screens show similar faces.
 
     Args:

@@ -2,7 +2,8 @@
 
 The statistics of cosines are written to the card of the net, a JSON file. Only people with two or
 more clips are used. All people have the same weight, however many clips they have. The intervals
-are from a bootstrap over people, because clips of a person are not independent.
+of means and standard deviations are from a bootstrap over people, because clips of a person are not
+independent.
 """
 
 from collections.abc import Callable
@@ -96,11 +97,11 @@ def _average_different(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _describe(
     average: Callable[[np.ndarray, np.ndarray], np.ndarray], means: np.ndarray, squares: np.ndarray
 ) -> Spread:
-    """Returns the mean and standard deviation of the cosines of clips, with bootstrap intervals.
+    """Returns the mean and standard deviation of cosines, with bootstrap intervals.
 
-    `average(x, weight)` averages x [P, P] over pairs of people, and returns [draws]. `weight`
-    [draws, P] has the weights of P people in each draw of the bootstrap. `means` and `squares`
-    [P, P] are the mean cosine and the mean squared cosine of each pair of people.
+    `means` and `squares` [P, P] are the mean cosine and the mean squared cosine between clips of
+    person i and clips of person j. `average(x, weight)` averages such an array x with the weights
+    of people in each draw, [draws, P], and returns [draws].
     """
     people = len(means)
 

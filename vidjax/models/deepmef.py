@@ -47,8 +47,8 @@ class DeepMEF(Identifier):
       branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of the first layer of f. The second layer has the width D.
       layer_form: form of the layers of f and of the other modalities.
-        published: Linear, BatchNorm, PReLU, dropout. The last layer of f has no dropout. Neither
-          has the last layer of another modality. Weights start as in Kaiming (He et al. 2015).
+        published: Linear, BatchNorm, PReLU, dropout. No dropout follows the last layer of f or of
+          another modality. Weights start as in Kaiming (He et al. 2015).
         ours: Linear, PReLU, BatchNorm, dropout. The last layer of f is a linear map that starts at
           0.
       dropout_rate: dropout rate of all layers with dropout.
@@ -85,7 +85,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits, [B, 1, num_classes], and the embedding, input of the classifier."""
+        """Computes the logits of a single branch, [B, 1, num_classes], see `ModelOutput`."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         has_frames = jnp.any(present, axis=1)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
@@ -158,7 +158,7 @@ class ChannelAttention(nn.Module):
         A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2)    [T, T]
         y_t = x_t + out(sum_s A_ts g(x_s))
 
-    Form `channels` (of DeepMEF, with `norm`): the maps act on T = `num_frames` frames, T -> T/2.
+    Form `channels` (of DeepMEF): theta, phi and g map T = `num_frames` frames to T/2, out to T.
 
         A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd    [T/2, T/2]
         y = x + out(A g(x))
@@ -170,8 +170,8 @@ class ChannelAttention(nn.Module):
         y_t = x_t + gamma sum_s A_ts x_s
 
     Attributes:
-      norm: only for `channels`. If True, maps have no bias, and BatchNorm follows theta, phi and
-        out. theta and phi start at 0, too, and have no gradient: all entries of A stay equal.
+      norm: only for `channels`, True in DeepMEF. If True, maps have no bias, BatchNorm follows
+        theta, phi and out, and theta and phi stay 0: all entries of A are equal.
 
     Source: the code of DANet (Fu et al., CVPR 2019, whose article takes the softmax of E), and
     channel_attention_layer.py of DeepMEF (3rd place in the iQIYI challenge 2019). Masks of padding

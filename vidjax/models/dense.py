@@ -51,7 +51,7 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
 
-    Source: four systems of the iQIYI challenges. We added several modalities, and their dropout.
+    Source: four systems of the iQIYI challenges. We added several modalities and modality dropout.
 
         mlp:                                   "quality fusion" (4th place 2019), faces
         residual:                              "Residual Dense Net" (2nd place 2019), faces
@@ -91,7 +91,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits, [B, 1, num_classes], and the embedding, output of the backbone."""
+        """Computes the logits of a single branch, [B, 1, num_classes], see `ModelOutput`."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not change the batch statistics.
         has_frames = jnp.any(present, axis=1)
@@ -197,9 +197,10 @@ class ResidualDenseNet(nn.Module):
 class CosineIdentifier(Identifier):
     """Concatenates a weighted unit vector of each modality, and classifies by cosines.
 
-    x_m is the mean frame of the modality m, and a_m its learned weight (1 for a single modality):
+    x_m is `feature_scale` x the mean frame of the modality m. a_m is the learned weight of m, or 1
+    if m is the only modality:
 
-        e_m = unit(BatchNorm(Linear(feature_scale x_m))), or 0 for a clip without m
+        e_m = unit(BatchNorm(Linear(x_m))), or 0 for a clip without m
         z = unit([a_1 e_1; a_2 e_2; ...])
         logits = s dropout(z) . unit(W)^T with a learned s
 
@@ -214,7 +215,7 @@ class CosineIdentifier(Identifier):
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
     et al.). The linear map with BatchNorm before the unit vector is from ArcFace (Deng et al.,
-    section 3.1). We added a unit vector and a weight for each modality, masks, and a learned s.
+    section 3.1). We added a unit vector and a weight for each modality, and a learned s.
     """
 
     modalities: Mapping[str, int]

@@ -19,23 +19,23 @@ from vidjax.utils.errors import UserError
 class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
-    One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
-    least 1 of `other_modalities`. Evaluation adds their scores with the weights (main, other). The
-    first row that applies counts:
+    One run trains both models: the model `main` on clips that have the main modality `modality`,
+    and the fallback model `other` on clips that have at least 1 of `other_modalities`. Evaluation
+    adds their scores with the weights (main, other). The first row that applies counts:
 
-        the clip lacks all modalities of `other`:        (1, 0)
-        the clip lacks `modality`:                       (0, missing_scale)
-        the measure of `modality` is below `threshold`:  (main_share, other_share)
-        any other clip:                                  (1, 0)
+        the clip has none of `other_modalities`:            (1, 0)
+        the clip lacks `modality`:                          (0, missing_scale)
+        frames of `modality` are poor, see `threshold`:     (main_share, other_share)
+        any other clip:                                     (1, 0)
 
     Attributes:
       other_modalities: modalities of the fallback model. `modality` must not be one of them.
       main_modalities: modalities of the main model; () means all.
-      modality: modality that decides which model scores a clip.
+      modality: main modality, such as face.
       missing_scale: weight of the fallback model for clips without `modality`.
       measure: norm (mean length of the feature vectors) | quality (mean quality), over all frames
         of the clip in `modality`, before fusion.
-      threshold: measure below which both models score a clip; 0 means never.
+      threshold: `measure` below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
         threshold. `prepare` computes the threshold. With 0, `threshold` is used as given.
       main_share, other_share: weights of the two models below the threshold.
@@ -79,9 +79,8 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': {type(part).__name__} cannot be its model 'main' or 'other'"
-                    "\nchoose a network instead, or train this model in a separate run, and blend "
-                    "both runs with vidjax evaluate --runs"
+                    f"model 'fallback': main and other cannot be a {type(part).__name__}\n"
+                    "choose networks, or train two runs and blend them: vidjax evaluate --runs"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
@@ -96,14 +95,14 @@ class FallbackIdentifier(Identifier):
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The `vector_names` of `main`, or of `other` if `main` has no attention."""
+        """The `vector_names` of `main`, or of `other` if `main` has none."""
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns {"threshold": t}, a threshold for `self.measure`, from the training clips.
+        """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
 
-        t is the quantile of the measure at the share `threshold_share`, such as 0.01. Clips without
-        `self.modality` do not count, but distractors do. Returns {} if `threshold_share` is 0.
+        t limits the mean norm or quality, see `measure_clips`. Clips without `self.modality` do not
+        count, but distractors do. Returns {} if `threshold_share` is 0.
         """
         if not self.threshold_share:
             return {}
@@ -147,9 +146,9 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits of `main` and `other`, [B, 2, num_classes], with weights [B, 2].
 
-        The weights in evaluation are from the table in the docstring of the class. If
-        `clips.measure` is None, no clip is below `threshold`. The embedding joins the unit vectors
-        of both models. If a model has weight 0, its vector is 0.
+        The table of the class has the weights in evaluation. They depend on `clips.measure`, the
+        result of `measure_clips`. The embedding concatenates the unit vectors of both models. The
+        vector of a model with weight 0 is 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -190,7 +189,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the factors on the cosines of both branches, [2], or None if none is learned."""
+        """Returns `logit_scale` of `main` and `other`, [2], or None if no model learns it."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)

@@ -118,7 +118,7 @@ def folded_table(caption: str, head: Sequence[object], rows: Sequence[Sequence[o
 
 
 def _column_kind(cells: Sequence[Markup]) -> str:
-    """Returns the CSS class of a column: `number`, `number bar`, or "" for text."""
+    """Returns the CSS class of a column: `number`, `number bar` (for a `Bar`), or "" for text."""
     filled = [value for value in cells if value]
     if not filled or not all(isinstance(value, Number) for value in filled):
         return ""

@@ -281,7 +281,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns a histogram and the lowest of the average precisions, or None if there is no MAP."""
+    """Returns HTML about the average precision of each identity, or None if there is no MAP."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
