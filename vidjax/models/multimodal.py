@@ -36,7 +36,7 @@ class MultimodalIdentifier(Identifier):
       num_clusters: number of clusters of NetVLAD, K.
       netvlad_reduce, netvlad_batch_norm: the attributes `reduce` and `batch_norm` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
-      num_face_vectors: number of vectors of `face`, each computed by a separate linear map.
+      num_face_vectors: number of vectors of `face`. A separate linear map computes each vector.
       attention: False to leave out the attention (table 3 of the paper).
       gram_dim: width in which the attention computes correlations, D~ in the paper.
       gram_scale: factor on the Gram matrix of the attention (1 in the paper).
@@ -45,6 +45,7 @@ class MultimodalIdentifier(Identifier):
         gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
       joined: input of the classifier: `concat` (all vectors of the feature map side by side, as
         published) or `mean` (the mean of the vectors that a clip has).
+      feature_scale: factor on the features, before NetVLAD and the maps.
       unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
         map, to length 1 (not in the paper). Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps, so that the length of features does not count.
@@ -54,10 +55,10 @@ class MultimodalIdentifier(Identifier):
       dropout_rate: dropout rate of the input of the classifier. The cosine head scales its input to
         length 1 before dropout.
 
-    Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
-    are: three maps for the three face vectors, the value of K, the linear classifier, no activation
-    after the maps, the factor `feature_scale` on features. We added masks of missing modalities,
-    LayerNorm after the maps, modality dropout, and the cosine head.
+    Source: iQIYI-VID paper, section 5 and figure 3. The paper does not define the
+    maps of the three face vectors, K, the classifier (ours is linear), an activation after the maps
+    (ours have none), and `feature_scale`. We added masks of missing modalities, LayerNorm, modality
+    dropout, and the cosine head.
     """
 
     modalities: Mapping[str, int]
@@ -100,10 +101,10 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits, [B, 1, num_classes], the embedding, and the attention of B clips.
+        """Computes the logits, the embedding and the attention of B clips, see `ModelOutput`.
 
-        The embedding is the input of the classifier. The attention between the M vectors of a clip
-        is [B, M, M], or None if `attention` is False.
+        The logits are [B, 1, num_classes]. The embedding is the input of the classifier. If
+        `attention` is True, the attention between M vectors of the feature map is [B, M, M].
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -147,7 +148,6 @@ class MultimodalIdentifier(Identifier):
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
     def _pool(self, name: str, real: Frames, *, train: bool) -> Array:
-        """Pools the frames of a modality to a vector, [B, K D] with NetVLAD, otherwise [B, D]."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if name in self.netvlad:
             features = real.features.astype(param_dtype)

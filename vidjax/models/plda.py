@@ -30,10 +30,10 @@ Scale = Annotated[float, Meta(gt=0)]
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip starts as the mean of its frames, scaled to length 1. Then the share
-    `centred` of the mean of all clips is subtracted. The result is scaled to length 1 again.
-    Training passes over the clips twice. The first pass sums the vectors, for the mean. The second
-    pass sums the centred vectors. `finalise_state` turns these sums into coefficients.
+    The vector of a clip starts as the mean of its frames, scaled to length 1. The mean of all
+    clips, times `centred`, is subtracted. The result is scaled to length 1 again. Training passes
+    over the clips twice. The first pass sums the vectors, for the mean. The second pass sums the
+    centred vectors. `finalise_state` turns these sums into coefficients.
 
     Attributes:
       within, between, scale, unenrolled, stranger: see `Settings`. Each is a number, a tuple with
@@ -87,11 +87,11 @@ class PLDAIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits [B, 1, 1 + C] and the embedding of each clip.
+        """Computes the logits [B, 1, 1 + C] and the embedding of B clips, see `ModelOutput`.
 
-        The embedding joins the centred vectors of all modalities. In training, the clips are added
-        to the collection `sums`, and all logits are 0. In evaluation, the logits come from the
-        collection `solved`, the result of `finalise_state`.
+        The embedding has the centred vectors of all modalities side by side. Training only adds the
+        clips to the collection `sums`, so the logits are 0. An evaluation computes the logits from
+        the collection `solved`, the result of `finalise_state`.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         vectors = {name: unit_mean(frames) for name, frames in real.items()}
@@ -185,9 +185,9 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Returns `part`, the sums of a modality, plus the vectors `x` [B, D] of B clips.
 
-    `turn` [B] is the pass in which a clip occurs. In pass 0, its vector is added to the sum for the
-    mean of all clips. In pass 1, the mean, times `share`, is subtracted from the vector, which is
-    scaled to length 1 and added to the sums of its person. Later passes change nothing.
+    `turn` [B] is the number of the pass, from 0 on. Pass 0 sums the vectors of all clips, for their
+    mean. Pass 1 computes the vector minus `share` times the mean, scales the result to length 1,
+    and adds it to the sums of known people. Later passes change nothing.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

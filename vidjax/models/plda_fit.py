@@ -2,14 +2,14 @@
 
 The fit imitates later use in FOLDS folds of the training clips. Some clips are held out and scored.
 The other clips are enrolled, except all clips of random people (strangers). If there are several
-modalities, random people are enrolled without one of them. The fit has four steps:
+modalities, random people are enrolled without some of them. The fit has four steps:
 
-1. `within` and `between` maximise MAP plus AUROC (of clips of known people against strangers).
-2. `scale`, `unenrolled` and `stranger` maximise the probability of the right answers, with half of
-   the weight on strangers, and a Gaussian prior. So probabilities are calibrated.
-3. `stranger` is fitted again, with only one enrolled clip for half of the people.
-4. Covariances of few people, or of a gallery, are not exact. So `stranger` is corrected by a fit
-   to people who are left out of the covariances.
+1. Choose the settings `within` and `between` by MAP plus AUROC (known people against strangers).
+2. Fit the settings `scale`, `unenrolled` and `stranger`: maximise the probability of the right
+   answers, with half of the weight on strangers, and a Gaussian prior.
+3. Fit the setting `stranger` again, with only one enrolled clip for half of the people.
+4. If there are few people, or for a gallery: fit the setting `stranger` to people whose clips were
+   not used to estimate the covariances, and take a mean of the values of steps 3 and 4.
 
 If too few people have two clips, the settings keep typical values, and the user gets a message.
 The settings of a net of an ensemble are fitted on the training clips of this net. `TaskSpec` and
@@ -78,12 +78,12 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
 def combine_modalities(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Computes the logits of clips from their log-likelihood ratios in each modality.
 
-    The logit of an identity is a sum over the modalities of the clip. The term of a modality is
-    scale x ratio. If no clip of the identity has the modality, the term is `unenrolled`. The logit
-    of a stranger, see `compute_stranger_logit`, is the same for all clips.
+    The logit of an identity is a sum over the modalities of the clip. A term is `settings.scale` x
+    ratio, or `settings.unenrolled` if no clip of the identity has the modality. The logit of a
+    stranger, see `compute_stranger_logit`, is the same for all clips.
 
     Args:
-      ratios: [M, B, K] float.
+      ratios: [M, B, K] float, for M modalities, B clips and K classes.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
 
@@ -163,11 +163,11 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Chooses clips with labels above 0, on which the settings of PLDA are fitted, [N] bool.
+    """Chooses clips of known people, on which the settings of PLDA are fitted, [N] bool.
 
-    If there are too many, draws identities at random, until they have MAX_FITTED_CLIPS clips. At
-    most MAX_CLIPS_OF_A_PERSON clips of an identity are drawn. The first FEWEST_PEOPLE identities
-    are drawn from those that have several clips.
+    `labels` [N] are the people, or 0 for unknown people. If more than MAX_FITTED_CLIPS clips show
+    known people, draws as many random people as fit into this number, with at most
+    MAX_CLIPS_OF_A_PERSON clips of each person. The first FEWEST_PEOPLE people have several clips.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -198,16 +198,16 @@ def fit_settings(
 ) -> Settings:
     """Fits the settings of PLDA, except the settings in `given`.
 
-    For the fit, some clips are enrolled. Other clips are held out, and scored. If fewer than
-    FEWEST_PEOPLE people have two clips, nothing is fitted. Then the settings have typical values.
+    If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and the settings have
+    typical values.
 
     Args:
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
-      labels: [N] int, the person in each clip, 1 or more.
+      labels: [N] int, a number above 0 for the person in each clip.
       given: name -> value of settings that are not fitted.
-      enrolled: like `vectors`, but used when a clip is enrolled. The default is `vectors`.
-      least_within: see `two_covariance.covariances`; above 0 only for a gallery. Then similar clips
-        of a person count as fewer clips.
+      enrolled: other vectors of the same clips, which replace `vectors` where a clip is enrolled.
+      least_within: the lower limit of the covariance within classes, see
+        `two_covariance.covariances`. It is above 0 only for a gallery.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -259,10 +259,10 @@ def fit_settings(
 
 
 def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
-    """Fits `settings.stranger` again, to people who were left out of the covariances.
+    """Returns `settings` with a value of `stranger` that is also fitted to `ratios`.
 
-    `ratios` are the log-likelihood ratios of these people. The smaller `settings.scale` is, the
-    less `stranger` changes. `width`, the mean dimension of the vectors, gives a typical scale.
+    `ratios` are from folds with `later=True`, see `_hold_out`. `width` is the number of dimensions
+    of the vectors, a mean over the modalities.
     """
     # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
     # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
@@ -292,16 +292,16 @@ def _hold_out(
     least_within: float,
     later: bool,
 ) -> _Fold | None:
-    """Divides clips into enrolled clips and held-out clips, for fold `number` of the fit.
+    """Makes fold `number` of the fit: estimates covariances, and chooses enrolled clips.
 
-        later=False:  Covariances are estimated from the enrolled clips. Random people are strangers
-                      without an enrolled clip.
-        later=True:   Covariances are estimated from people outside the fold, as if the people of
-                      the fold were enrolled after the training. No strangers are drawn.
+        later=False:  A part of the clips is held out. The other clips are enrolled, except clips of
+                      random people (strangers). Covariances are those of the enrolled clips.
+        later=True:   A part of the people is enrolled with some clips. Their other clips are held
+                      out. Covariances are those of all other people. There are no strangers.
 
-    `vectors` is modality -> [N, D]. `enrolled_vectors` is the same, but for clips that are
-    enrolled. Returns None if the fold is of no use, for example if no held-out clip shows an
-    enrolled person. For `least_within`, see `two_covariance.covariances`.
+    Both `vectors` and `enrolled_vectors` are modality -> [N, D], for the same N clips. An enrolled
+    clip is represented by `enrolled_vectors`. For `least_within`, see `fit_settings`. Returns None
+    if the fold is of no use, for example if no held-out clip shows an enrolled person.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -392,7 +392,7 @@ class _Ratios(NamedTuple):
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     """Computes the log-likelihood ratios between the held-out clips of a fold and the classes.
 
-    `within` and `between` are shares of shrinkage, see `two_covariance.make_space`.
+    `two_covariance.make_space` shrinks the covariances by the shares `within` and `between`.
     """
     parts = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
@@ -457,8 +457,8 @@ def _fit(
 ) -> Settings:
     """Fits `scale`, `unenrolled` and `stranger` (see `Settings`) by maximum a posteriori.
 
-    `parts` are the ratios and right answers of each fold. `values`, name -> value of all settings,
-    are the start of the fit and the mean of the prior. Settings in `given` are not fitted.
+    `parts` are the log-likelihood ratios of each fold. `values`, name -> value of all settings, are
+    the start of the fit and the mean of the prior. Settings in `given` are not fitted.
     """
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])

@@ -6,10 +6,9 @@ clip is added to the sums, and a removed clip is subtracted. The fit takes three
 of [D, D] in float64. This file uses only numpy, so that a gallery of enrolled people does not have
 to load JAX. `plda_fit` uses JAX on the device.
 
-Clips of the same day share a part of e. If all clips of each person are from one day, the fit takes
-this part for a part of y, and W is too small. So galleries set a lower limit for W, see
-`covariances`. If the clips of a person differ less than W predicts, they count as fewer clips, see
-`count_independent`.
+Clips of the same day share a part of e. If all clips of each person are from one day, this part is
+attributed to y, and W is too small. So galleries set a lower limit for W, see `covariances`. They
+also count similar clips of a person as fewer clips, see `count_independent`.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
 shrinkage of both covariances towards a multiple of the identity matrix, and the counts of clips
@@ -131,9 +130,9 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
     """Estimates the covariances W within classes and B between classes from at least one clip.
 
-    The estimates are shrunk towards typical covariances, which count like 10 clips (PRIOR) in W and
-    like 10 people in B. `least_within` is the smallest trace of W, as a share of the mean squared
-    length of the vectors. A smaller W is scaled up. So B, the rest of the variance, is smaller.
+    The estimates are shrunk towards typical covariances, which have the weight of 10 clips in W and
+    of 10 people in B. `least_within` is the smallest trace of W, as a share of the mean squared
+    length of the vectors. A smaller W is scaled up, at the expense of B.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -300,8 +299,8 @@ class Settings(NamedTuple):
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
     """Fits PLDA to the clips of a modality.
 
-    `part` has the sums over the clips, field of `Sums` -> array. Of `settings`, only `within` and
-    `between` are used. For `least_within`, see `covariances`.
+    `part` contains the fields of `Sums`, name -> array. Only `within` and `between` of `settings`
+    are used. For `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)

@@ -58,15 +58,16 @@ class Checkpoint(NamedTuple):
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint of a run, and deletes all earlier checkpoints except one or two.
+    """Saves a checkpoint of a run, and deletes earlier checkpoints.
 
-    If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
+    The best earlier checkpoint and the newest evaluated one are kept. If `step` already has a
+    checkpoint, only `info` is added to its `manifest.json`.
 
     Args:
       workdir: the folder of the run.
       step: the number of finished training steps.
       items: name -> tree of arrays, or, for `identities` and `members`, JSON value.
-      info: name -> JSON value for `manifest.json`. The best checkpoint has the highest `map`.
+      info: name -> JSON value for `manifest.json`, such as `map`; the highest `map` is the best.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -367,7 +368,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes checkpoints, except the three that the module lists, and folders with other files."""
+    """Deletes checkpoints that `save` does not keep, unless their folders contain other files."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

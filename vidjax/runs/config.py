@@ -64,7 +64,7 @@ class Field(NamedTuple):
         text.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. None
-        means no limit, but if `high` is None, the value must be finite.
+        means no limit. Infinity is accepted only if `high` is infinity.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
       affects: what depends on the value. For a path, what depends on the content of the files.

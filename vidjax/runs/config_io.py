@@ -65,9 +65,9 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
     """Returns the configuration with which one system of a blend is trained.
 
     `spec`, an item of `config.join.systems`, is a configuration with arguments: `cosine:face` is
-    `configs/cosine.py` with the argument `face`. The seed and the changed values of `data` are
-    taken from `config`, the configuration of the blend. If `final` is True, the system is trained
-    on all clips. If `final` is False, it is trained in the folds of `config` (cross-validation).
+    `configs/cosine.py` with the argument `face`. The seed, and all values of `data` that are not
+    defaults, are taken from `config`, the configuration of the blend. If `final` is True, the
+    system is trained on all clips, otherwise in the folds of `config` (cross-validation).
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(
@@ -151,10 +151,7 @@ def load_module(path: Path) -> ModuleType:
 
 
 def execute(path: Path) -> ModuleType:
-    """Executes a configuration file, and returns it as a module.
-
-    If the file may contain code of a user, its path is added to the list `own_files`.
-    """
+    """Executes a configuration file, and returns it as a module."""
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)
     module.__file__ = loader.path

@@ -94,5 +94,5 @@ def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
     """
     path = Path(file).parent / "published" / Path(file).name
     if not path.exists():
-        raise UserError(f"--config: 'published' lacks '{path}': copy it from configs/published")
+        raise UserError(f"--config=FILE:published needs '{path}': copy it from configs/published")
     config_io.execute(path).follow(config, words)

@@ -85,10 +85,10 @@ def check_data(
 ) -> None:
     """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
-    `own` has the digests of the splits that the run has read. If `trains` is True, all splits and
-    the file `config.data.weights` must be unchanged. If `trains` is False, only `eval.split` must
-    be unchanged. If `own` has no digest of `eval.split`, one unchanged split suffices, and nothing
-    is checked if `named` is True (the user has given the folder of the data).
+    `own` has the digests of the splits that the run has read. These data must be unchanged:
+    - if `trains` is True: all these splits, and the file `config.data.weights`.
+    - if `trains` is False: `eval.split`. If `own` has no digest of `eval.split`: nothing if `named`
+      is True (the user has given the folder of the data), otherwise one of the splits.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

@@ -127,9 +127,10 @@ def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns sentences for a comparison, such as "Extended: the number of epochs of RUN is ...".
+    """Returns sentences about the training of `run`, the name of a run, for a comparison of runs.
 
-    `run` is the name of the run. `values` is the content of its `metrics.json`.
+    Example: "Extended: the number of epochs of RUN is 5, 8 from step 15." `values` is the content
+    of the `metrics.json` of the run.
     """
     texts = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
     return [sentence.format(run=run, text=text) for sentence, text in texts if text]

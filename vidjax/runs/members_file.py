@@ -93,7 +93,7 @@ def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
 
 
 def write_copies(folder: Path, identities: Sequence[str], training_sets: TrainingSets) -> None:
-    """Copies lists that are also in checkpoints to `identities.json` and `members.npz` of a run."""
+    """Writes `identities.json` and `members.npz` (the training sets) to the folder of a run."""
     files.write_json(folder / IDENTITIES, list(identities))
     texts = {"members": json.dumps(training_sets.members), "clips": "\n".join(training_sets.clips)}
     arrays: Any = {name: np.frombuffer(x.encode(), np.uint8) for name, x in texts.items()}

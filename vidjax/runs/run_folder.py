@@ -261,8 +261,7 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    `init_from` is the folder of the run whose weights the training started with. In `new`, it may
-    be another folder with the same newest checkpoint, or without checkpoints.
+    The folder `init_from`, the run that gave the first weights, may have been moved or deleted.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

@@ -54,10 +54,7 @@ class DataDigests(Struct, kw_only=True):
 
 
 class Training(Entries, Struct, kw_only=True):
-    """The entries of `metrics.json` that describe the training.
-
-    A later evaluation replaces only `extended` (the changes of `num_epochs`).
-    """
+    """The entries of `metrics.json` that describe the training."""
 
     date: Text | None = None  # UTC: end of the training
     best_step: Whole | None = None  # step of the best evaluation during training
@@ -279,7 +276,7 @@ class Analysis(Struct, kw_only=True, omit_defaults=True):
     - `score_known`, `score_strange`: histograms of the best scores of clips of known and of unknown
       people, with the bins `score_edges`.
     - `fpir`, `fnir`: false positive and false negative identification rate at each threshold.
-    - `attention`: [i, j] is how much vector j of a clip attends to vector i, see `vectors`.
+    - `attention`: [i, j] is the mean attention of vector j to vector i. `vectors` has their names.
     - `calibration`: [bins, 3], the number of clips, mean confidence, and share of right answers.
     """
 

@@ -51,8 +51,8 @@ def check_model(config: Config) -> None:
         if changed and config_lib.affects(field) & config_lib.STEPS:
             remedy = shlex.quote(f"--config.{field}={defaults[field]}")
             raise UserError(
-                f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nuse the default: {remedy}"
+                f"config.{field}={value} has no effect: model '{name}' is trained without an "
+                f"optimiser, and without random changes of clips\nuse the default: {remedy}"
             )
 
 
@@ -61,9 +61,8 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
     Builds the model without memory for its weights, and computes all metrics of four made-up clips.
     No features are read, and no device is used. If `data` is None, the modalities are found in the
-    names of the files of `config.data`. If `data` is given, or if a configuration file of a user
-    was executed, JAX also traces a training step. With this step, the dry run takes a second,
-    without it a tenth of a second.
+    names of the files of `config.data`. If `data` is given, or a user may have written the Python
+    file of the configuration, JAX also traces a training step, which takes a second.
     """
     if config.join.systems:
         _dry_run_systems(config, data)

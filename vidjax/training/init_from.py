@@ -160,7 +160,8 @@ def _load_array(
 
     Args:
       value: [E, ...], the array of the new run, of E nets.
-      wide: the shape of `value` with one more identity, which shows the axis of the classes.
+      wide: the shape that `value` would have with one more identity. Only the size of the axis of
+        the classes differs from `value`.
       old: the array of the other run with the same name, or None.
       columns: [2, n] int, new and old columns of common classes, from `match_columns`.
       width: the number of class columns of `old`.

@@ -28,9 +28,9 @@ def train_systems(
 ) -> dict[str, Any]:
     """Trains the systems `config.join.systems` in a folder, and joins their scores (a blend).
 
-    `train` (`public.train_run`) trains each system in folds, to evaluate the blend on a training
-    split, on which no net scores a clip that it was trained on. If `config.eval.split` or `test`
-    has no training clips, `train` also trains each system on all clips, to evaluate this split.
+    `train` (`public.train_run`) trains each system in folds, and each net scores only clips that it
+    was not trained on. If the split `config.eval.split` or the split `test` has no training clips,
+    `train` also trains each system on all clips, for the scores of this split.
 
     For `command` and `began`, see `public.train_run`. Returns the metrics on `config.eval.split`,
     name -> value.

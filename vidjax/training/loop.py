@@ -40,7 +40,7 @@ def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
     """Chooses the steps after which training writes its log, relabels distractors, and evaluates.
 
     Distractors are clips of unknown people. Returns task (`log`, `relabel` or `evaluate`) -> set
-    of steps, such as {10, 20}. Raises UserError if `config.profile` begins after the last step.
+    of steps, such as {10, 20}. Raises UserError if the profiler would start after the last step.
     """
     total = plan.task.total_steps
 
@@ -216,7 +216,7 @@ class TrainingRun:
       config, workdir, plan, mesh: the arguments of `__init__`.
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      training_sets: the training clips of each member, and of the run `config.init_from`.
+      training_sets: the training clips of each member, including those of `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 

@@ -36,8 +36,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise UserError(
-            f"the mean feature of distractor number {row} is not finite, so the distractors cannot "
-            "be clustered: leave out this clip"
+            "the training clips without an identity cannot be clustered: the mean feature of "
+            f"number {row} of these clips, counted from 0, is not finite: leave out this clip"
         )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
@@ -75,14 +75,14 @@ def relabel(
 ) -> np.ndarray:
     """Returns new labels of distractors (clips of unknown people), [...] int.
 
-    `labels` [...] int are the present classes of the distractors. `predicted` [...] int are the
-    classes that the model predicts. Each identity has a mirror class, for strangers who resemble
-    the identity. `keep` selects one of two rules:
+    `labels` [...] int are the present classes of the distractors: clusters of distractors, or
+    mirror classes (each for strangers who resemble an identity). `predicted` [...] int are the
+    predictions of the model. `keep` selects one of two rules:
     - `label`: if the label is a mirror class, and the prediction is an identity, the new label is
       the mirror class of this identity. All other labels stay.
     - `prediction`: if the prediction is an identity, the new label is the mirror class of this
-      identity. If the prediction is class 0 ("other"), the label stays. If the prediction is a
-      cluster or a mirror class, it is the new label.
+      identity. If the prediction is class 0 ("other"), the label stays. Any other prediction
+      becomes the label.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

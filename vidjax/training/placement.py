@@ -28,12 +28,12 @@ def compile_loop(
 ) -> tuple[jax.stages.Compiled, float]:  # fmt: skip
     """Compiles the training loop of `group_size` members (nets). The clips are not needed yet.
 
-    `layout` describes the clips that stay on the devices if `mode` is `resident`. `state` is the
-    state of the members of all groups, or its shapes.
+    `mode` is `resident` (all clips stay on the devices, as `layout` describes) or `streaming` (each
+    batch is sent to the devices). `state` is the state of all members of the run, or its shapes.
 
     Returns:
       The compiled loop; and the number of bytes that a step needs on a device. The bytes include
-        two streamed batches, but no state and no resident clips.
+        two batches if `mode` is `streaming`, but no state and no resident clips.
     """
     batches, whole = plan.batches, devices.replicated_layout(mesh)
     table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
@@ -70,12 +70,12 @@ def choose_placement(
 ) -> tuple[str, int]:  # fmt: skip
     """Chooses where the clips are, and how many members (nets of an ensemble) train together.
 
-    All processes of a run get the same result. With `auto`, the clips stay on the devices if a step
-    of a single member leaves enough memory for them.
+    All processes of a run get the same result.
 
     Args:
-      mode: `resident`, `streaming`, or `auto`: the free memory decides.
-      layout: the resident clips.
+      mode: `resident` (all clips stay on the devices), `streaming` (each batch is sent to the
+        devices), or `auto` (`resident` if a step of a single member leaves enough memory).
+      layout: the clips, as they are stored if the mode is `resident`.
       mesh: the devices. Their memory already contains the state of all members.
       sizes: numbers of members that may train together. The first number that fits is chosen.
       measure: maps a mode and a number of members to the bytes that a step needs on a device.

@@ -74,10 +74,9 @@ def explain_no_identity(config: Config) -> str:
 
 
 def make_plan(config: Config, data: Dataset) -> RunPlan:
-    """Checks the configuration and the data, and decides what each step of a run does.
+    """Checks the configuration and the data, and decides what each training step does.
 
-    Features are read only if `data.distractors` is `noise`, or if `data.whole_epochs` or the model
-    needs features. Raises UserError if the run cannot be trained.
+    Raises UserError if the run cannot be trained.
     """
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
@@ -140,10 +139,10 @@ def count_steps(config: Config, num_places: int) -> int:
 def _check_plan(
     config: Config, data: Dataset, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if a net has no clip, data are unusable, or `batch_size` is too large.
+    """Raises UserError if a net has no clip, a training split is unusable, or a batch is too large.
 
     `weight` [E, N] is the weight of each training clip for each member (net) of the ensemble. If
-    the data of an evaluated split are unusable, prints a warning.
+    an evaluated split is unusable, prints a warning.
     """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():

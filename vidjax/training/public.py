@@ -154,12 +154,12 @@ def load_data(
       source: the clips, in one of three forms:
 
         - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
-          [T, D] or [D], float16, float32, float64 or int8. Frames of a modality `face` may
-          also have the values `face_quality`, `face_detection` and `face_number`, [T]. In place of
-          the features, a dict with the keys `features`, `quality`, `detection` and `number` may
-          be given. A clip may lack modalities, or have no frame.
+          [T, D] or [D], float16, float32, float64 or int8. Frames of a modality `face` may also
+          have the values `face_quality`, `face_detection` and `face_number` (number of the frame in
+          the clip), [T]. In place of the features, a dict with the keys `features`, `quality`,
+          `detection` and `number` may be given. A clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
-        - A configuration. Its fields `config.data` describe the dataset: give no other argument.
+        - A configuration. Its group `config.data` describes the dataset: give no other argument.
       labels: a dict, clip name -> identity, for all splits. Or the path of a table (.csv, .tsv or
         .parquet) with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID
         format. A clip without a label, or with the label None, is a distractor. A split without a

@@ -53,9 +53,9 @@ def start(
     """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
     Returns (state, sets, manifest, facts): the state of all members (nets), the training clips of
-    each member and of the run `config.init_from`, the `manifest.json` of the checkpoint (or {}),
-    and facts about the training (see `facts.FACTS`). Raises CheckpointError or UserError if the run
-    cannot resume.
+    each member, including those of `config.init_from`, the `manifest.json` of the checkpoint (or
+    {}), and facts about the training (see `facts.FACTS`). Raises CheckpointError or UserError if
+    the run cannot resume.
     """
     system, sets = plan.system, plan.training_sets
 
@@ -112,9 +112,10 @@ def start(
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
-    """Returns the values of `facts.FACTS` for a run that resumes with `num_epochs`, by their keys.
+    """Returns the facts about the training of a run that resumes, key in `facts.FACTS` -> value.
 
-    `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes.
+    `manifest` is the content of `manifest.json` of the checkpoint. If `num_epochs` is a new value,
+    the fact `extended` contains it, and early stopping counts its evaluations from 0 again.
     """
     known = facts.read_facts(manifest)
     if epochs := list_epochs(manifest, num_epochs):

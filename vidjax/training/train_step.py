@@ -182,8 +182,8 @@ def take_member_step(
 ) -> tuple[TrainState, jax.Array]:
     """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
-    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Fields
-    that no step changes are None. `inputs` are the PRNG key, the labels [B] and weights [B] of the
+    `step` [] int32 is the number of earlier steps. `learned` is the state of the member, without
+    `step`, `rng` and `labels`. `inputs` are the PRNG key, the labels [B] and weights [B] of the
     clips, and settings of the member, see MemberInputs.
     """
     member_rng, *_ = inputs

@@ -251,9 +251,9 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns instructions that follow an instruction of `_load_argument` in a filter of calls.
+    """Returns steps that choose `found` if an argument of a system call is in `values`, or `other`.
 
-    The kernel executes `found` if the argument of the call is in `values`, otherwise `other`.
+    A step of `_load_argument` must come before these steps.
     """
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]

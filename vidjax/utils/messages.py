@@ -27,10 +27,9 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 
 
 class Result(NamedTuple):
-    """What a command prints at its end: with `--json` the `facts`, otherwise three parts.
+    """What a command prints at its end: with `--json` the `facts`, otherwise text for people.
 
-    The parts are `text`, a table of `rows`, and a summary with the command's name as heading. The
-    summary has a line for each of `facts` and `texts`, but no `facts` if `text` is not empty.
+    The text has three parts: `text`, a table, and a summary with the command's name as heading.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints

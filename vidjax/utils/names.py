@@ -108,7 +108,7 @@ def is_reserved(name: str) -> bool:
 
 
 def strip_accents(text: str) -> str:
-    """Returns `fold(text)` without accents and other combining marks."""
+    """Simplifies a text as `fold` does (case, blanks), and removes accents and combining marks."""
     letters = unicodedata.normalize("NFKD", fold(text))
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 

@@ -189,9 +189,9 @@ def map_children(
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
     """Limits the memory, the CPU time and the size of written files of this process.
 
-    `memory_bytes` limits the address space and each written file. `cpu_seconds` limits the CPU time
-    of the next job (a file to read). The process can later raise this limit to at most `calls` x
-    `cpu_seconds`, where `calls` is the number of jobs that are left.
+    Call this function before each job (a file to read). `memory_bytes` limits the address space and
+    each written file. The soft limit of CPU time is `cpu_seconds`, for the next job. The hard limit
+    is `calls` x `cpu_seconds` + 1, for all jobs that are left, whose number is `calls`.
     """
     import resource
 

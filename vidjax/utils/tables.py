@@ -154,7 +154,7 @@ def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> 
     """
     found = [[x for x in titles if x.strip().lower() == column] for column in wanted]
     if twice := next((same for same in found if len(same) > 1), []):
-        raise UserError(f"{place}: two columns are named {' and '.join(twice)}: rename one of them")
+        raise UserError(f"{place}: the columns {' and '.join(twice)} mean the same: rename one")
     return [same[0] for same in found] if all(found) else []
 
 

@@ -82,7 +82,7 @@ def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
     """Returns True if other users, except root, may replace our files in a folder.
 
     `status` is the result of `os.stat` for the folder. `last` is False for a parent of the folder
-    that vidjax uses. If `last` is True, also returns True if other users may add files.
+    that vidjax uses, and True for the folder itself, to which other users must not add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

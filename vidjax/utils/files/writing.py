@@ -311,7 +311,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def remove_partials(folder: Path, ours: str) -> None:
     """Removes unfinished files and folders in `folder`, left by processes that were killed.
 
-    Removes a file or folder only if its final name matches the regular expression `ours`.
+    `ours` is a regular expression for the names that these files would have if they were complete.
     """
     with contextlib.suppress(OSError):
         # A folder may contain many thousands of files: most are only compared with the ending.
