@@ -32,7 +32,7 @@ COMMANDS = {
     "report": "writes report.html again, from the files of a run",
     "check": "checks that the installation works, and that data, a run or a gallery can be read",
     "config": "lists the fields of a configuration, with values, defaults and origins",
-    "score": "prints the MAP of a submission, like the organisers' script",
+    "score": "prints the MAP of a submission, like the iQIYI-VID script",
     "gallery": "enrols, identifies and deletes people without training",
     "extract": "extracts features of faces and voices from videos and photos",
     "convert": "makes a net for extract and who from a downloaded package or net",
