@@ -220,11 +220,11 @@ def label_clips(
     Args:
       store: the clips.
       truth: split -> clip -> identity.
-      identities: the names of the classes 1 to C, by default all identities in the ground truth of
-        train and val.
+      identities: by default, all identities in the ground truth of train and val. A clip of
+        `identities[i]` gets the label i + 1. Any other clip gets the label 0.
 
-    Returns three results: the names of the classes; split -> its clips and labels; and the data
-    report, which counts clips, frames and labels.
+    Returns three results: the identities; split -> its clips and labels; and the data report, which
+    counts clips, frames and labels.
     """
     if identities is None:
         identities = sort_identities(

@@ -275,8 +275,8 @@ def load_ground_truth(
     appears if a program, such as a spreadsheet, has probably changed identities.
 
     Raises:
-      UserError: the form of the file or of a line is unclear, a clip comes twice, a name is not
-        allowed, or most identities are whole numbers, but one is not, or is below 1.
+      UserError: the form of the file or of a line is unclear, a clip comes twice, or a name is not
+        allowed. If most identities are whole numbers, all must be whole numbers above 0.
     """
     lines = read_truth(path, known_clips=known_clips)
     return {name: line.identity for line in lines for name in line.clips.values()}
@@ -411,7 +411,7 @@ def _check_identities(path: Path, lines: Sequence[TruthLine]) -> None:
                 "correct it, or give all identities names that are not numbers"
             )
         if int(line.identity) < 1:
-            raise UserError(f"{where} is less than 1: number identities from 1")
+            raise UserError(f"{where} is less than 1: renumber the identities from 1")
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:

@@ -104,9 +104,8 @@ class MemoryClips:
           identities: the names of the classes of the model.
           quality: the source of the qualities, as in the training. See `Quality`.
 
-        A clip without a modality of the model becomes a clip without frames, with a warning.
-        Another warning appears if the name of a modality may be misspelt. Raises UserError if the
-        model reads none of the modalities of the clips.
+        A clip that has none of `modalities` counts as a clip without frames. Clips that have only
+        other modalities cause a warning, or a UserError if no clip has one of `modalities`.
         """
         names: dict[str, str] = {}  # clip -> its name in the input
         given: dict[str, frozenset[str]] = {}  # clip -> all its modalities in the input
@@ -136,7 +135,7 @@ class MemoryClips:
         if lost := [x for x in given if given[x] and given[x].isdisjoint(modalities)]:
             warn(
                 f"{len(lost):,} of {len(names):,} clips have no modality of the run, for example "
-                f"{show(lost[0])}\nthe run does not read them: they count as clips without frames"
+                f"{show(lost[0])}\nthey count as clips without frames: add a modality of the run"
             )
         return cls(packed, names, modalities, identities)
 
@@ -152,8 +151,8 @@ class MemoryClips:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
-        the clip have equal weights. The mean of a clip without frames is 0. A mean also becomes 0,
-        with a warning, if all its values are at most `least`, or rounding errors, in magnitude.
+        the clip have equal weights. The mean of a clip without frames is 0. If the largest
+        absolute value of a mean is at most `least`, the mean becomes 0, with a warning.
         """
         vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
         features, quality, *_, starts, lengths = self._packed.frames[modality]

@@ -32,7 +32,7 @@ LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """A value that each frame has, such as its quality: its dtype, default and iQIYI-VID name."""
+    """Describes a value that each frame has, such as the quality."""
 
     dtype: str
     missing: float | None  # the default; None stands for the position of the frame in its clip
@@ -189,10 +189,7 @@ class FlatFile:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Returns a slice of rows. If the end of the file is missing, the result has fewer rows.
-
-        If the shape is [F], the first call checks the sha256, and keeps the whole array in memory.
-        """
+        """Returns a slice of rows, without rows that are missing at the end of an array [F, D]."""
         if len(self.shape) > 1:
             return self._read(rows.start, rows.stop)
         if self._whole is None:
@@ -313,7 +310,7 @@ def map_again(frames: Packed) -> Packed:
 
 
 class Summary(Struct):
-    """The names, lengths and counts of N clips in a modality, without the values of frames.
+    """What `open_packed` needs to know about the clips of a modality, such as their names.
 
     A child process, which may be hostile, makes the summary. So the constructor raises ValueError
     if the attributes contradict each other.
@@ -357,7 +354,7 @@ def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
         mapped = map_again(frames)  # frees the memory of the rows before
         rows = (getattr(mapped, name)[at : at + ROWS_AT_ONCE] for name in BATCHED)
         if not all(is_finite(row).all() for row in rows):
-            raise ValueError(f"{folder}: the file of a field has values that are not finite")
+            raise ValueError(f"{folder}: a file of frames has values that are not finite")
     return PackedClips(tuple(summary.names), {modality: frames}, {modality: summary.counts})
 
 
@@ -461,11 +458,7 @@ class Reader:
 
 
 def _find_damage(file: StoredFile) -> UserError:
-    """Returns an error that says that `file` was changed while it was read.
-
-    If the file does not match its sha256, it is damaged, and this function raises UserError.
-    """
-    file.check()
+    file.check()  # raises UserError if the file is damaged
     return UserError(
         f"{file.path}: the file was changed while it was read\n"
         "run the command again when no program writes to it"

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 
 def _get_room(path: Path) -> int:
-    """Returns how many bytes the columns of a table may take in memory."""
+    """Returns the largest size, in bytes, that is allowed for the columns of a table in memory."""
     return min(memory_bytes() // 3, files.max_unpacked_bytes(path.stat().st_size))
 
 
@@ -107,10 +107,10 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
 def _run(
     path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
 ) -> Result:
-    """Runs the function `work` in a child process with limits, and returns the result of `work`.
+    """Calls the function `work` below in a child process with limits, and returns its result.
 
-    `path` is the table. `arguments` is the argument of `work`, without `path`. `kind` is the class
-    of the result. The child process can write only in the folders `writes`.
+    The argument of `work` is a dict: `path` (the table), and the items of `arguments`. `kind` is
+    the class of the result. The child process can write only in the folders `writes`.
     """
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -128,12 +128,12 @@ def _run(
 
 
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
-    """Decodes the table `arguments["path"]` in a child process. A key of `arguments` is the task.
+    """Does one of three tasks with the table `arguments["path"]`, in a child process.
 
-    - `names`: only tests that the columns `names` can be decoded. Returns None.
-    - `any_columns`: writes all columns of floats to the folder `out_dir`. Returns the distinct
-      values of all columns of strings, and the names of all columns.
-    - no such key: writes the columns that `read` needs to `out_dir`. Returns `Columns`.
+    - If `arguments` has `names`, tests that the columns `names` can be decoded. Returns None.
+    - If `arguments` has `any_columns`, writes all columns of floats to the folder `out_dir`.
+      Returns the distinct values of all columns of strings, and the names of all columns.
+    - Otherwise, writes the columns that `read` needs to `out_dir`. Returns `Columns`.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):
@@ -323,7 +323,7 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
             raise UserError(
                 f"{path}: the table has no column {name}, only {show(', '.join(names))}\n"
                 "write a row for each frame, with clip, modality and features (a list of numbers)\n"
-                "quality, detection and number are optional"
+                "the columns quality, detection and number (of the frame) are optional"
             )
     return [name for name in known if name in names]
 

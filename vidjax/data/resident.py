@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns how many steps `draw_steps` can draw: as many as DRAWN_CLIPS clips fill, or 1."""
+    """Returns the largest number of training steps that one call of `draw_steps` can draw."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 
@@ -160,9 +160,9 @@ def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str
 
 
 def shape_frames(modality: Modality, *axes: int) -> list[Any]:
-    """Returns the shape and dtype of each field of frames in device memory, as listed in BATCHED.
+    """Returns a `jax.ShapeDtypeStruct` for each field in BATCHED, for frames on a device.
 
-    Features have the shape [*axes, D]. The other fields, such as `quality`, have the shape [*axes].
+    The shape of features is [*axes, D]. The shape of other fields, such as `quality`, is [*axes].
     """
     shapes = {"features": (*axes, modality.dim)}
     dtypes = {field: get_dtype(field, modality.dtype) for field in BATCHED}

@@ -452,7 +452,7 @@ def _load_split(
             stored not in DTYPES
             or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
         ):
-            raise UserError(f"{name}/{modality}: a position in index.npz, or the dtype, is wrong")
+            raise UserError(f"{name}/{modality}: index.npz or manifest.json has a wrong value")
         flat = {}
         for field, state in kept["files"].items():
             file = StoredFile(folder / name / modality / f"{field}.bin", **state)

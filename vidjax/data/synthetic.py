@@ -7,9 +7,9 @@ high quality. So clips of a person differ more than frames of a clip. There are 
 strangers, frames of the wrong person, modalities without information, and missing modalities.
 
 The displacement (`Size.spread`) was chosen once, from the MAP of single modalities. The table has
-the MAP@100 on val, including distractors. Each column has the MAP of an MLP for one modality. The
-MLP has two layers of 1024 units, and fuses a few random frames of a clip. In the column *face,
-weighted*, the frames are weighted by quality (weighting `graded`).
+the MAP@100 on val, including distractors, of MLPs with two layers of 1024 units. An MLP reads one
+modality, and fuses one to five random frames of a clip, but only one frame in the column *one
+random face*. In the column *face, weighted*, the frames are weighted by quality.
 
 | size | face, weighted | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
@@ -67,7 +67,7 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size of a dataset, and its difficulty: how far clips are from their person."""
+    """The size and the difficulty of a dataset."""
 
     identities: int  # number of known people
     mean_frames: float  # mean number of frames per clip
@@ -94,7 +94,7 @@ SIZES = {
 
 
 class SyntheticOptions(NamedTuple):
-    """The difficulty of the dataset. The defaults are the calibrated values.
+    """Options that change the difficulty of the dataset.
 
     An option changes only the property that it describes. All other random values stay the same. If
     `train_distractors` changes, the whole train split changes.
@@ -357,7 +357,7 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns [F, RANK]: for each of F frames, the vector of the person or scene in the frame.
+        """Returns the vectors [F, RANK] of the people in F frames, or of scenes for "scene".
 
         `rows` [F] is the clip of each frame. `wrong` [F] is True if the frame shows another person
         than most frames of the clip.
@@ -379,11 +379,10 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Draws the features [F, D] of F frames. A track is the frames of one person in one clip.
+        """Draws the features [F, D] of F frames from `points` [F, RANK], see `_points_shown`.
 
-        `points` [F, RANK] has the vector of the person in each frame, `track` [F] the track of the
-        frame, `position` [F] the position in the clip, and `quality` [F] the quality. `spread` has
-        the distance of the frames of each track from the vector of the person.
+        A track is the frames of one person in one clip. `track` [F] is the index of the track of
+        each frame. `spread` is the distance of each track from the vector of the person.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]

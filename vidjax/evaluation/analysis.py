@@ -152,9 +152,9 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
-    The entries are `eval_date`, the entries of the training, and maybe `overrides`: field -> value
-    in `config`, for fields that affect scores and had another value in the training. If there are
-    `overrides`, `write_results` uses other file names, and keeps the results of the training.
+    The entries are `eval_date`, the entries of `metrics.json` about the training, and maybe
+    `overrides`: field -> value in `config`, for fields that affect scores and had another value in
+    the training. If there are `overrides`, `write_results` uses other file names.
 
     `step` is the step of the scored checkpoint, or None for a blend. If the training ended at
     another step, `overrides` has an entry such as `eval.checkpoint`: "step 90".
@@ -181,7 +181,7 @@ def write_report(folder: RunFolder, split: str) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
-    """Turns exceptions in a `with` block that makes an analysis or a report into warnings.
+    """Turns exceptions into warnings, in a `with` block that makes an analysis or a report.
 
     OSError and Interrupted are raised. If several processes evaluate the run, all exceptions are
     raised: if only one process skipped the rest of the block, the others would wait for it.

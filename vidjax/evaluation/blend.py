@@ -106,7 +106,7 @@ class Blend:
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                "config.join.learned needs labelled clips that are new to a net of each run"
+                "config.join.learned needs labelled clips that some net of each run has not seen"
                 f"\n{self.split.name} has none: add labels, or train with --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)

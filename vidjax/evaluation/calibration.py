@@ -37,10 +37,10 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The learned parameters that join the scores of R runs.
+    """The learned parameters that join the scores of R runs, see the docstring of the module.
 
-    The trust is the probability that the scores of a run are meaningful. If each part (see
-    `split_clips`) or each clip has separate parameters, all arrays have an additional first axis.
+    All arrays have an additional first axis if the parameters differ between clips, or between the
+    parts of `split_clips`.
     """
 
     scale: Array  # [R] logarithm of the scale
@@ -73,9 +73,9 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
     """Computes the joint logits of B clips, [B, 1 + K]. Column 0 is a stranger.
 
     Args:
-      logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
-        cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
-      unknown: [R, B], see `log_unknown`.
+      logs: [R, B, K], the log-probabilities of K identities. A value is -inf if the run cannot
+        score the clip, or does not know the identity.
+      unknown: [R, B], the log-probabilities that the clips show strangers.
       calibration: the learned parameters, arrays [R], or [B, R] if they differ between the clips.
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
@@ -142,10 +142,10 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
     Args:
       logs: logarithms of the probabilities of R runs, [R, n, C].
-      labels: [n], columns from 1 to C, or 0 for strangers.
+      labels: [n], 0 for strangers, or 1 + the column of the right identity in `logs`.
       part: [n], see `split_clips`.
 
-    Source: importance sampling of Bengio and Senécal 2008. There, all wrong candidates are random.
+    Source: importance sampling of Bengio and Senécal 2008, who draw all wrong candidates at random.
     """
     num_runs, num_clips, num_columns = logs.shape
     number, rows = min(CANDIDATES, num_columns), np.arange(num_clips)
@@ -207,7 +207,7 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the mean cross-entropy of n clips. The decorator adds its gradient at `point`.
+    """Computes the mean cross-entropy of n clips and, by `value_and_grad`, its gradient at `point`.
 
     `point` has all learned parameters in one array. In the mean, clips have the weights `share`
     [n], whose sum is 1. A label is assumed to be wrong with probability WRONG. The other arguments

@@ -444,9 +444,9 @@ def make_config_table(
 def list_fields(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    `metrics` is the content of `metrics.json`. For a run, `eval.checkpoint` is the scored
-    checkpoint, by default the latest. For a blend, only the fields of `config.join` are returned,
-    because the blended runs may differ in all other fields.
+    `metrics` is the content of `metrics.json`. Its `overrides` replace values of `config`. For a
+    blend, only the fields of `config.join` are returned, because the blended runs may differ in all
+    other fields.
     """
     values = dict(config_lib.fields(config)) | {"eval.checkpoint": "latest"}
     values |= metrics.get("overrides") or {}

@@ -5,13 +5,13 @@ P_ic is the probability that clip i shows identity c. A PLDA model compares all 
     A_ij = the log-likelihood ratio that the clips i and j show the same person, summed over the
            modalities that both clips have, times SCALE and the learned scale of the run
     D_ij = the probability, computed from P, that the clips show two different identities
-    t    = log(N / OTHERS), at least THRESHOLD: about OTHERS of N clips show the person of clip i
+    t    = max(THRESHOLD, log(N / OTHERS)), where N is the number of clips
     v_ij = (1 - D_ij) sigmoid(A_ij - t)
     w_ij = (1 - max_c P_ic) v_ij / (1 + sum_j v_ij)
 
 The clips of identity c are ranked by (1 - sum_j w_ij) P_ic + sum_j w_ij P_jc. The sums run over the
 neighbours j of clip i, the NEIGHBOURS clips with the largest A_ij. For clips of a lookalike, A_ij
-is high, but the factor 1 - D_ij is near 0.
+is high, but 1 - D_ij is near 0. If P_ic is near 1 for an identity c, all w_ij are near 0.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The formula of w is our design.
@@ -60,14 +60,14 @@ def view_groups(
 ) -> Iterator[list[View]]:
     """Computes the vectors by which a PLDA model compares clips, for several groups of clips.
 
-    Yields a list for each group, with a `View` for each modality.
+    Yields a list for each group, with a `View`, the vectors of the group, for each modality.
 
     Args:
       model: the PLDA model, with the clips.
       split_name: the split of the clips.
       use: [E, N] bool, True if a member (net) of the run scores a clip of the split.
-      groups: groups of clips, each as clip indices [n]. One member computes a whole group, so all
-        clips of a group must have the same members in `use`.
+      groups: groups of clips, each as clip indices [n]. All clips of a group must have the same
+        members in `use`. The first of these members computes the vectors.
       factor: the learned scale of the run, a factor of `View.scale`.
     """
     widths, embed = model.system.task.modalities, jax.jit(partial(embed_step, model.system))
@@ -109,11 +109,10 @@ def weigh_neighbours(
 def _compare(
     logs: np.ndarray, rows: np.ndarray, views: Sequence[View]
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Computes the weights of the neighbours that n clips (a group) have in the group.
+    """Yields the weights w_ij of the module docstring for a group of n clips, in portions.
 
     `rows` [n] are the rows of the group in `logs`, the log-probabilities of all clips. `views` are
-    the vectors of the group in each modality. Yields elements of the matrix of `weigh_neighbours`
-    in several portions, as three arrays: row indices, column indices and weights.
+    the vectors of the group. A portion is three arrays: the rows i, the rows j, and the weights.
     """
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
     threshold = max(THRESHOLD, np.log(len(rows) / OTHERS))

@@ -30,7 +30,10 @@ ROWS_AT_ONCE = 256  # most examples, of all clips, that an exported function com
 def eval_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
-    """Scores B clips for K classes with a net, [B, K]. A clip without a usable frame gets -inf."""
+    """Scores B clips for K classes, [B, K]. A clip without a usable frame gets -inf.
+
+    For the arguments, see the docstring of the module.
+    """
     forward = _make_forward(system, params, model_state, batch)
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
@@ -94,8 +97,8 @@ def _make_forward(
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
     """Returns a function that applies the model to G examples of each of the B clips of a batch.
 
-    An example is what the model classifies: a whole clip, or a frame of a clip. The function takes
-    the frames of the examples, [B G, T, ...], and the mask of real examples, [B, G] bool.
+    An example is a whole clip or a single frame. The function takes the frames of the examples,
+    [B x G, ...], and the mask of real examples, [B, G] bool.
     """
     measure = system.model.measure_clips(batch.frames)
 
@@ -133,9 +136,9 @@ def _reduce_examples(
     (`mean` or `max`) joins the values of a clip. Otherwise, `values_of` gets whole clips.
 
     Args:
-      values_of: a function of frames [B G, T, ...], and of the mask of real examples [B, G]. G is a
-        number of frames per clip, or 1 for whole clips. Returns the values, [B G, K].
-      logs: True if the values are logarithms. Then `mean` is the logarithm of the mean exponential.
+      values_of: takes frames [B x G, ...] and the mask of real examples [B, G], and returns values
+        [B x G, K]. G is a number of frames of each clip, or 1 for whole clips.
+      logs: True if the values are log-probabilities. Then `mean` averages the probabilities.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):
@@ -146,7 +149,7 @@ def _reduce_examples(
         count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns G (`size`) elements of axis 1 of `x` [B, T', ...], beginning with `first`."""
+            """Returns x[:, first : first + size]. For missing elements, another is repeated."""
             if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
@@ -154,9 +157,9 @@ def _reduce_examples(
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of G frames of each clip, beginning with frame `first`.
+            """Calls `values_of` for G frames of each clip, beginning with frame `first`.
 
-            The second result, [B, G] bool, is False for padding.
+            Returns the K values of each frame, [B, G, K], and [B, G] bool, False for padding.
             """
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
@@ -202,10 +205,10 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled `eval_step` that scores only the C identities, [B, C], not all classes.
+    """Returns a compiled `eval_step` that returns only the scores of the C identities, [B, C].
 
-    Every device scores a part of the clips. With the same number of clips per device, the scores
-    are equal to the bit on any number of devices.
+    Other classes, such as strangers, are left out. Every device scores a part of the clips. With
+    the same number of clips per device, the scores are equal to the bit on any number of devices.
     """
     identities = slice(1, 1 + system.task.num_identities)
     return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
@@ -280,10 +283,10 @@ def collect_scores(
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds the scores [B, K] of B clips, with weights [B], to `mean`. Returns the new sums.
+    """Adds weighted scores of B clips to the sums in `mean`, and returns the new sums.
 
-    To add G rows of scores per clip, give scores [B, G, K] and weights [B, G]. Scores of weight 0
-    are ignored, even if they are NaN or infinite.
+    `scores` is [B, K] and `weight` is [B], or each clip has G rows of scores: [B, G, K] and [B, G].
+    Scores of weight 0 are ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
         scores, weight = scores[:, 0], weight[:, 0]
@@ -315,7 +318,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the scores in `mean`, [B, K].
+    """Returns the weighted sum of all scores that were added to `mean`, [B, K].
 
     If the scores are log-probabilities, the result is the logarithm of the weighted sum of the
     probabilities.

@@ -55,14 +55,14 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """[C, k] int, `labels` of the k best clips of each identity; -1 for no clip."""
+        """The labels of the k best clips of each identity, [C, k] int. -1 means no clip."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """[C, k] bool, True if a clip among the k best clips of an identity shows the identity."""
+        """Which of the k best clips of each identity show the identity, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property
@@ -75,7 +75,7 @@ class ScoredSplit:
 
         `chosen` [N] bool is True for the clips of the group. Returns the average precision of each
         identity with a clip in the group, and the number of clips in the group that show an
-        identity. Other clips that show an identity are removed from the ranking of this identity.
+        identity. Clips outside of the group are removed from the rankings of their own identities.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
@@ -95,7 +95,7 @@ class ScoredSplit:
     def _averages_of(self, kept: np.ndarray, positives: np.ndarray) -> np.ndarray:
         """Returns the average precisions [C] of rankings from which some clips are removed.
 
-        `kept` [C, k] bool is True for those of the k best clips of an identity that stay.
+        `kept` [C, k] bool is False where a clip is removed from the k best clips of an identity.
         `positives` [C] is the number of clips that show each identity.
         """
         wanted = self.hits & kept
@@ -107,8 +107,8 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        If the k best clips of this identity lack the clip, the results are -1 and -inf. If scores
-        are equal, the first identity is the best.
+        Only the k best clips of each identity are known. A clip that is not one of the k best clips
+        of its best identity has -1 and -inf. If scores are equal, the first identity is the best.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
@@ -258,8 +258,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     Two fields have up to three pairs (index of another identity, number of clips):
     - `lost_to` counts clips that show the identity, but score highest for the other identity. If
       the best identity of a clip is unknown (see `best_lists`), the index is -1.
-    - `mixed_with` counts clips of the other identity among the n clips that score highest for the
-      identity. n is how many clips show the identity. Distractors have the index -1.
+    - `mixed_with` counts clips of the other identity at the ranks 1 to n, if n clips show the
+      identity. Distractors have the index -1.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -280,8 +280,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
     """Returns rows about clips whose best identity is wrong, highest scores first.
 
-    Distractors, for which every identity is wrong, are listed apart from known clips. A clip is
-    listed only if it is among the k best clips of the wrong identity.
+    Distractors, for which every identity is wrong, are listed apart from known clips. Clips that
+    are not in the ranking of the wrong identity (`scored.top`) are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -399,7 +399,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> sche
     threshold for 1 % is None. With fewer than 9, the threshold for 10 % is None, too.
 
     In simulations, the interval of FNIR (see `resample_fnir`) contains the true FNIR in 93 to 99 %
-    of samples, or in at least 85 % if fewer than four distractors may reach the threshold.
+    of samples, or in at least 85 % if the FPIR allows fewer than four distractors to pass.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -441,7 +441,7 @@ def resample_fnir(
       known: [n] the best score of each clip of a known person.
       right: [n] bool, True if the best score is that of the right identity.
       people: [n] the right identity of each clip.
-      rate: the FPIR that determines the threshold of a sample, such as 0.01.
+      rate: the FPIR, the allowed share of distractors that reach the threshold, such as 0.01.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
@@ -463,9 +463,9 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
     """Returns metric -> its 95 % interval (low, high), for the metrics `top1` and `auroc`.
 
     The intervals are from a Bayesian bootstrap over people: all clips of a person get the same
-    random weight. For `auroc`, each distractor gets a random weight, too. Without distractors
-    (`labels` 0), there is no `auroc`. The bootstrap adds a made-up person and a made-up distractor.
-    Without them, the interval of a perfect metric would have width 0.
+    random weight. For `auroc`, each distractor gets a random weight, too. If no clip is a
+    distractor (label 0), there is no `auroc`. The bootstrap adds a made-up person and a made-up
+    distractor. Without them, the interval of a perfect metric would have width 0.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)

@@ -83,11 +83,11 @@ def _close(queue: Any) -> None:
 def _read_batches(
     reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields a tuple for each training step, with the clips of the step as strings of bytes.
+    """Yields a tuple for each training step in `drawn`.
 
-    The tuple has `clip_index` [B], `batch_mask` [B], and a list of B strings for each field, such
-    as `quality`, of each modality. A string has the bytes of the field for the chosen frames of one
-    clip.
+    The tuple begins with `clip_index` [B] and `batch_mask` [B]. A list of B byte strings follows
+    for each pair of a modality and a field, such as `quality`. Each byte string has the values of
+    the field in the chosen frames of one clip.
     """
     for clip_index, batch_mask, first in drawn:
         read = reader.read(clip_index[batch_mask], plan.modalities)

@@ -80,8 +80,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields the content of each smaller pickle, and the memo indices of the objects in this content.
-    The content is a list of byte strings, without the opcode STOP at the end.
+    Yields each smaller pickle as byte strings, without the opcode STOP at the end, and the indices
+    that its objects get in the memo, the list in which an unpickler keeps objects.
     """
     begin = _START.match(content)
     if not begin:
@@ -113,10 +113,10 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips runs of opcodes with arguments of fixed size. Counts opcodes that add to the memo.
+    """Skips runs of opcodes whose arguments have a fixed size.
 
-    Most arrays are pickled with the same run of opcodes. So each new run becomes a regular
-    expression (at most MAX_PATTERNS). This is faster than parsing each opcode.
+    Most arrays are pickled with the same opcodes. So earlier runs are kept as regular expressions,
+    and a match with one of them is faster than parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:

@@ -36,10 +36,9 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> Summary:
-    """Reads a pickle in the child process, and writes its frames to files. See `unpack`.
+    """Reads a pickle in the child process, writes its frames to files, and describes the clips.
 
-    Returns the names, lengths and counts of the clips. `arguments` are `path`, `modality` and
-    `out_dir`.
+    `arguments` has the arguments `path`, `modality` and `out_dir` of `unpack`.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
@@ -69,10 +68,10 @@ def unpack(
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
-    The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains a dict, clip
-    -> list of frames. A frame is a list of values, the last of which is the feature. If `modality`
-    is 'face', 'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset. Any
-    other modality may have the same values as one of them.
+    The pickle contains a dict, clip -> list of frames. A frame is a list, such as [frame number,
+    feature]. If frames have only features, the dict is clip -> features, [D] or [T, D]. The lists
+    of 'face', 'head', 'body', 'audio' and 'scene' have the same items as in the iQIYI-VID dataset.
+    For any other modality, each of these layouts is allowed.
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
     No other call may use this folder. `children` lets another thread kill the child process.
@@ -115,10 +114,10 @@ _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 
 
 def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
-    """Checks unpickled dicts, and yields their clips. Empties the dicts to free memory.
+    """Checks `pieces`, unpickled dicts as in `unpack`, and yields their clips.
 
-    See `unpack` for the content of the dicts. `size` is the number of bytes of the file, and limits
-    the numbers of clips and frames. Error messages begin with `place`.
+    `size` is the number of bytes of the file. If the clips are too large for a file of this size,
+    raises UserError. Error messages begin with `place`. The dicts are emptied to free memory.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -132,10 +131,10 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Checks the names of clips, the keys of an unpickled dict, and removes `.mp4` from them.
+    """Returns `content`, a dict with clips as keys, without `.mp4` in the keys.
 
-    Returns clip -> its value in `content`. Adds the names to `known`. Raises UserError if a name is
-    wrong, or is already in `known`. Empties `content` to free memory.
+    Raises UserError if a key is not a valid name, or is already in `known`. Adds the keys to
+    `known`. Empties `content` to free memory.
     """
     if type(content) is not dict:
         raise UserError(
@@ -233,8 +232,8 @@ def _read_frames(
 ) -> dict[str, Any]:
     """Checks `value`, the frames of a clip. Returns field -> array, or {} without frames.
 
-    `fields` are the names of a frame's values in the pickle, such as `det_score`. The result has
-    the names of `packing.read_frames`. Error messages begin with `where`.
+    `fields` are the names of a frame's values in iQIYI-VID, such as `det_score`. The fields of the
+    result have the names of vidjax, such as `detection`. Error messages begin with `where`.
     """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1

@@ -12,11 +12,13 @@ of identities.json. E is the number of ensemble members. D is the length of the 
     PART/centre, PART/mean       [E, D]
     PART/transform               [E, D, D]
     PART/linear, PART/constant   [E, N, D] and [E, N]
-    PART/curve                   [E, U, D], people with the same number of clips share a row
+    PART/curve                   [E, rows, D], people with the same number of clips share a row
     PART/kind                    [E, N] int32, the row of each person in `curve`
-    scale, PART/scale            [E] each
-    PART/limit                   [E], if a clip has other PARTs, its ratios are cut to +-limit
-    PART/known, unenrolled       [E, N] int32 and [E], people with known = 0 get ratio = unenrolled
+    scale                        [E], a factor of the ratios of all PARTs
+    PART/scale                   [E], a factor of the ratios of PART
+    PART/limit                   [E], if a clip has several PARTs, the ratio is cut to +-limit
+    PART/known                   [E, N] int32, 0 for people whose ratio becomes `unenrolled`
+    unenrolled                   [E]
     stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides all logits, see `config.eval.temperature`
 

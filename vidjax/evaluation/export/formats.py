@@ -142,9 +142,9 @@ def onnx(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
-    """Returns a function that computes outputs with the weights in `folder`. Writes no file.
+    """Returns a function that computes outputs with the weights in `folder`.
 
-    Every export already contains the weights in the format safetensors.
+    Every export has already written its weights as safetensors, so no file is added.
     """
     del run, inputs
     import jax

@@ -142,7 +142,7 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 
 
 def get_members(run: Predictor) -> list[Member]:
-    """Returns (params, model_state, hidden_chunk) of each member, in memory of the host."""
+    """Returns `TrainedModel.member(number)` of each member of a run, as arrays of numpy."""
     count = len(run.model.training_sets.members)
     return [jax.device_get(run.model.member(number)) for number in range(count)]
 

@@ -466,10 +466,10 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a gather of JAX that takes one slice of any size, or N rows of an array.
+    """Adds nodes for a gather of JAX: one slice of any size, or rows such as `x[:, indices]`.
 
-    A row has size 1 along axes with an index, and the whole size along other axes. An index outside
-    of the array is replaced by the nearest valid index. Raises UserError for any other gather.
+    An index outside of the array is replaced by the nearest valid index. Raises UserError for any
+    other gather.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -484,7 +484,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _make_error(f"'gather' of several slices of the shape {sizes}")
+        raise _make_error(f"'gather' must take one slice or rows, not slices of shape {sizes}")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     batching = [int(axis) for axis in numbers.start_indices_batching_dims]
@@ -519,7 +519,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _make_error("'scatter', except to a single slice")
+        raise _make_error("'scatter' must replace a single slice of an array")
     (axis,) = axes
     is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
