@@ -162,7 +162,7 @@ def test_job_that_prints_no_result_is_an_error(text, monkeypatch):
     if text != "no JSON":  # otherwise a child prints it
         ended = subprocess.CompletedProcess([], 0, f"{text}\n".encode(), b"")
         monkeypatch.setattr(processes.Children, "run", lambda *_, **__: ended)
-    with pytest.raises(UserError, match=r"film\.mp4' is damaged or hostile: .* no result"):
+    with pytest.raises(UserError, match=r"film\.mp4' is damaged or hostile: .* no usable result"):
         run("print")
 
 

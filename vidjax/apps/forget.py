@@ -77,9 +77,9 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the folder to report instead of `path`, such as the training run around a file.
+        """Returns the innermost folder of a kind in REMEDIES that is or contains `path`, or None.
 
-        The folder is `path` or contains `path`, and its kind is in REMEDIES. None without one.
+        For example, if `path` is a file of a training run, returns the folder of the run.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 

@@ -228,7 +228,7 @@ def warn_of_bad_values(
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the qualities of all frames are the norms of their features and nearly equal.
+    """Returns True if each frame's quality is the norm of its features, and all norms are similar.
 
     `report` is the entry of a modality in the data report.
     """

@@ -414,7 +414,7 @@ def _draw_unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> 
 
 
 def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Draws unit vectors [n, RANK] float32 whose cosines to the rows of `points` are about 0.75."""
+    """Draws a unit vector for each row of `points` [n, RANK]; its cosine to the row is ~ 0.75."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
     mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _draw_unit_points(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)

@@ -233,10 +233,7 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips, in any of the forms that `Ranker` describes, to a `Request`.
-
-        If there are at most 4 clips in memory, `block_size` is at most 4, to score the clips fast.
-        """
+        """Makes a `Request` to score `clips`. For the arguments, see `Ranker`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(Dataset, clips), split or str(self.config.eval.split)

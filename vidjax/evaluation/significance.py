@@ -168,14 +168,12 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     the average precisions of two or more identities. Run i of a group is paired with run i of the
     first group. Returns an item for each group except the first.
 
-    The interval of a difference is the smallest that contains two intervals:
+    The interval of a difference is the smallest interval that contains two intervals:
 
-    - a t interval, whose variance is the sum of the variances over identities and over seeds.
-    - `compute_gap_interval` for average precisions that are averaged over the runs of a group.
-
-    Source: Cochran and Cox 1950, Experimental designs: the t quantile of the interval is the mean
-    of the t quantiles for identities and for seeds, weighted by the variances. (For two or three
-    seeds, the degrees of freedom of Satterthwaite 1946 would give too narrow intervals.)
+    - the interval of `compute_gap_interval`, after averaging over the runs of each group.
+    - a t interval. The squared standard error is the sum of two parts, from identities and from
+      seeds. The t quantile is the mean of the t quantiles for identities and for seeds, weighted by
+      the two parts (Cochran and Cox 1950, Experimental designs).
     """
     from scipy import special  # takes 0.2 s, so only when needed
 
@@ -190,6 +188,7 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     for own in groups[1:]:
         squared = squared_errors([new - old for new, old in zip(own, first, strict=True)])
         error = math.sqrt(sum(squared))
+        # Satterthwaite's degrees of freedom give too narrow intervals for two or three seeds.
         half = float(quantiles @ squared) / error if error else 0.0
         gaps = _compute_gaps(np.mean(own, axis=0), np.mean(first, axis=0))
         low, high, _ = compute_gap_interval(gaps)

@@ -308,7 +308,7 @@ def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0
 
 
 def make_blank_space(width: int) -> Space:
-    """Returns a space for a modality that no training clip has. All log-likelihood ratios are 0."""
+    """Returns PLDA parameters that score every clip as 0, for a modality without training clips."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 

@@ -71,7 +71,7 @@ def list_packages(extra: str) -> dict[str, str]:
         required = importlib.metadata.requires("vidjax") or []
     except importlib.metadata.PackageNotFoundError:
         raise AbsentError(
-            "the packages are unknown, as vidjax was not installed: in a checkout, pip install ."
+            "vidjax is not installed, so its dependencies are unknown: in a checkout, pip install ."
         ) from None
     of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
     names = [found[1] for line in required if (found := of_extra.match(line))]

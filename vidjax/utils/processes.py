@@ -266,7 +266,7 @@ def _explain_refusal(path: str | Path, need: str) -> str:
 def _make_hostile_error(path: Path, event: str) -> UserError:
     """Returns the error for a file that made the child process fail.
 
-    `event` is the end of the sentence "the process that reads it ...", such as "printed no result".
+    `event` is the end of "the process that reads it ...", such as "gave no usable result".
     """
     return UserError(
         f"'{path}' is damaged or hostile: the process that reads it {event}: "
@@ -391,7 +391,7 @@ def doubt(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in _OF_FILES:
             raise
-        raise _make_hostile_error(path, "printed no result") from error
+        raise _make_hostile_error(path, "gave no usable result") from error
 
 
 def _parse_answer(path: Path, line: bytes, kind: type[Result]) -> Result | UserError:

@@ -155,7 +155,7 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
             reason = ": it does not answer, or waits for another process"
             if answer.startswith("refused "):
                 raise UserError(
-                    f"--coordinator={address}: {answer.removeprefix('refused ')}\n"
+                    f"cannot join --coordinator={address}: {answer.removeprefix('refused ')}\n"
                     "start the same command in all processes, with --process_id=0, 1, and so on"
                 )
         if not waits:

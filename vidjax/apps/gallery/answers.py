@@ -573,7 +573,7 @@ def describe_probability(score: float) -> str:
 
 
 def count_doubtful(answers: Answers) -> int:
-    """Counts the clips without a name whose best person has a probability of 0.1 to 0.5."""
+    """Counts the answers whose `identity` is None and whose `probability` is 0.1 to 0.5."""
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
     return sum(MIN_DOUBTFUL_PROBABILITY <= x <= MIN_NAMED_PROBABILITY for x in unknown)
 

@@ -239,9 +239,8 @@ class Draft:
     ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
         """Returns the arguments `state`, `new` and `people` of `Store.write`.
 
-        `state` is the new content, `new` are the new clips, name -> clip, and `people` the changed
-        people, in blocks. If `new` or `people` is None, the whole content must be written.
-        `advance` is called after each block, with the number of new and changed clips in it.
+        `people` is a list of blocks of people whose clips have changed. `advance` is called after
+        each block of people, with the number of new and changed clips of these people.
         """
         if self.replacement:
             return self.replacement, None, None

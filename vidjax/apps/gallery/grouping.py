@@ -1,18 +1,17 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
-1. Each clip starts as a group. The two groups that most probably show the same person are joined.
-   This is repeated until every pair of groups has a probability of at most 0.5. The prior odds that
-   a pair shows the same person are 1 / G, where G is the present number of groups.
-2. A small group (at most 3 clips) is joined to its most probable larger group, if the probability
-   is above 0.55, and the faces of one of the two groups are clear. The prior probability of a group
-   of n clips is proportional to n. The prior probability of a new person is proportional to the
-   number of groups with a single clip.
+1. At first, each clip is a group. The two groups that most probably show the same person are joined
+   again and again, until every pair of groups has a probability of at most 0.5. The prior odds of a
+   pair are 1 / G, where G is the present number of groups. With `for_votes` of `Gallery.group`, the
+   prior odds are 4 / G.
+2. This step is left out with `for_votes`. A group of at most 3 clips is joined to its most probable
+   larger group, if the probability is above 0.55, and one of the two groups has clear faces. The
+   prior odds of a larger group of n clips against a new person are n / S, where S is the number of
+   groups with a single clip.
 
-With `for_votes` of `Gallery.group`, the prior odds are 4 / G, and step 2 is left out.
-
-Unclear faces (small or blurred) have similar vectors, even if the faces show two people. So two
-groups with only unclear faces are never joined. For other pairs of groups, the vectors must be more
-similar if the faces are less clear.
+Two groups with only unclear faces (small or blurred) are never joined, because unclear faces of two
+people have similar vectors. The less clear the faces of two groups are, the more similar the
+vectors must be.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.

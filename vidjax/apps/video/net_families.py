@@ -232,10 +232,10 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
 def _describe(
     kind: str, family: str, name: str, content: bytes, converted: bytes
 ) -> dict[str, Any]:
-    """Returns the fields of a net's card (a JSON file) that depend only on its file and family.
+    """Returns fields of the card (a JSON file) of a net, such as its role, licence and sha256.
 
-    `kind` is as in `convert`, and `name` is the name of the file. `content` are the bytes of the
-    file, and `converted` the bytes of the converted net.
+    `kind` is "opencv", "insightface" or "own", and `family` a key of FAMILIES. `name` is the file
+    name of the net, and `content` its bytes. `converted` are the bytes of the converted net.
     """
     sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family

@@ -414,11 +414,10 @@ class Photos:
         return [clip for clip in new if clip in draft.clips], unchanged & draft.clips.keys()
 
     def _withhold(self, draft: Draft) -> None:
-        """Removes photos of people from a gallery if it is not clear whom the photos show.
+        """Removes photos from a gallery if it is not clear whom the photos show.
 
-        A photo in the folders of two people is removed. If the photos of a person seem to show
-        different people, all photos of this person are removed, see `doubts.divide_photos`. This is
-        not checked if the face net does not separate people.
+        A photo without face tags is removed if it is in the folders of two people. All photos of a
+        person are removed if some seem to show another person, but it is unclear which photos.
         """
         state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}

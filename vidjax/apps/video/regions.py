@@ -212,7 +212,7 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """An assignment of faces to n tags (named boxes), if the boxes have the orientation `turn`."""
+    """A guess about a photo: how its n tags (named boxes) are turned, and the face at each tag."""
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in

@@ -62,7 +62,7 @@ class FilmSearch:
         self._before = None
 
     def _search(self) -> list[SearchedFrame]:
-        """Detects faces in `self._group`, and empties it. Returns its frames in order of time."""
+        """Empties the list `self._group`; returns its frames with detected faces, oldest first."""
         last = after = self._detector.search(self._group[-1].rgb)
         searched = [_keep_strong(self._group[-1], after)]
         before = NO_FACES if self._before is None else self._before

@@ -115,9 +115,9 @@ def name_people(
       fpir: the largest share of strangers that may get a name, see `Gallery.identify`.
       threshold: the probability that a name needs. If it is given, `fpir` must be None.
       padding: the seconds that are added before and after each appearance in timelines.
-      prune: whether films of earlier calls are removed if their files were deleted. If their
-        folder is missing or empty, films are removed only with `forget_missing`.
-      forget_missing: whether people are forgotten if all their photos are missing.
+      prune: True deletes the results of a missing film if its folder still has other files.
+      forget_missing: True forgets people whose photos are all missing. If `prune` is True, too, the
+        results of all missing films are deleted.
       models, settings, workers, check, done, tell: see `pipeline.extract_folders`.
 
     Raises:

@@ -114,10 +114,7 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Applies `fuse_eval` to each modality of B clips. Clips do not depend on each other.
-
-    `frames` and the result are modality -> frames, before and after the fusion.
-    """
+    """Fuses the frames of B clips, modality -> frames, with the functions `system.fuse_eval`."""
     # If a modality of a clip has a single frame, a run combines this frame with every frame of the
     # other modalities. `System.to_examples` recognises a single frame by the length of its array.
     # But here all modalities are padded to the same length, so single frames are repeated.
