@@ -182,7 +182,7 @@ def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(
     wanted = digest(load(splits, {"train_01": 3, "val_03": 7}))
     for titles in (("identity", "note", "clip"), ("IDENTITY", "Note", " Clip ")):
         assert digest(read(*titles)) == wanted
-    seen.refused(lambda: read("identity", "Clip", "clip"), name, "named Clip and clip")
+    seen.refused(lambda: read("identity", "Clip", "clip"), name, "Clip and clip mean the same")
 
 
 def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):

@@ -264,7 +264,7 @@ def test_dropout_is_used_only_in_training(name):
     (FALLBACK, {"other_modalities": ("scene",)}, "'fallback': other_modalities lists scene"),
     (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
     (FALLBACK, {"main": FALLBACK}, "the models 'main' and 'other' must have one branch"),
-    (FALLBACK, {"other": {"name": "plda"}}, "choose a network instead"),
+    (FALLBACK, {"other": {"name": "plda"}}, "choose networks, or train two runs"),
 ])  # fmt: skip
 def test_impossible_model_options_are_refused(spec, options, message):
     frames, clips = tiny.make_batch()

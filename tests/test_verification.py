@@ -224,7 +224,7 @@ def test_wrong_use_names_the_remedy(people):
         (lambda: people.verify(shown, None), "the name of a person"),
         (lambda: people.verify(shown, "person 3", fmr=1.0), "above 0 and below 1"),
         (lambda: people.verify(shown, "person 3", fmr="1 %"), "a number, or None"),
-        (lambda: people.verify(shown, "person 3", fmr=0.001), "999 clips of strangers",
+        (lambda: people.verify(shown, "person 3", fmr=0.001), "999 usable clips of strangers",
          "has 120", "the lowest fmr is 0.0083", "enrol more strangers"),
         (lambda: people.compare(shown, fmr=0.001), "1,998", "0.016"),
         (lambda: people.compare(shown.only({"q1"})), "at least two clips"),
