@@ -50,8 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Files with few, long tests. If such a file started last, the other processes would be idle.
 LONG_FILES = {
     "test_adding.py", "test_blend.py", "test_distributed.py", "test_run_data.py",
-    "test_export.py", "test_gallery_commands.py", "test_joint.py", "test_kill.py",
-    "test_notebooks.py", "test_readme.py", "test_serve.py", "test_train.py",
+    "test_export.py", "test_fine_tuning.py", "test_gallery_commands.py", "test_gallery_of_a_run.py",
+    "test_joint.py", "test_kill.py", "test_notebooks.py", "test_readme.py", "test_serve.py",
+    "test_train.py",
 }  # fmt: skip
 
 
