@@ -131,8 +131,7 @@ def fixed_settings():
 def joint(no_figures, official_dir, official_data, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
-    config.data.update(name="iqiyi_vid", dir=str(official_dir), mode="resident")
-    config.data.train_splits = ("train", "val")
+    config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))
     config.modalities, config.ensemble.folds = ("face", "head"), 2
     config.eval.update(block_size=32)
     config.join.systems = ("plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,head")
