@@ -154,6 +154,7 @@ def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_p
     assert [*map(json.loads, lines)] == [{"clip": x, **found[x].to_dict()} for x in found]
     assert parquet.read_table(tmp_path / "answers.parquet").to_pylist() == rows
     assert named["threshold"] == made.threshold(0.5).to_dict() and named["rule"]["by"] == "fpir"
+    assert named["rule"]["score"] == made.rule(fpir=0.5).score
     assert all(named[field] == ranked[field] for field in ("rule", "threshold", "clips"))
     measured = tell("threshold", folder, "--fpir=0.5", "--json")
     assert measured == {"mode": "threshold", **named["threshold"]}
@@ -382,7 +383,8 @@ def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):
         write_parquet(day / f"part-{number}.parquet", clips)
     words = (f"--input={day}", f"--out={tmp_path / 'ranked'}", "--threshold=0.5")
     done = tell("rank", gallery.folder, *words, "--json")
-    assert Path(done["results"]).stat().st_mode & 0o077 == 0
+    for private in (Path(done["results"]), gallery.folder):
+        assert private.stat().st_mode & 0o077 == 0
     assert parquet.read_table(done["results"])["clip"].to_pylist() == ["person 2", "person 3"]
     # Without a threshold, each person has a list of both clips.
     done = tell("rank", gallery.folder, words[0], f"--out={tmp_path / 'lists'}", "--json")

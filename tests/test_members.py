@@ -94,6 +94,7 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
     evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
+    assert RunFolder(folder).metrics()["map"] == RunFolder(nearest_run).metrics()["map"] > 0
 
 
 def restored(folder):

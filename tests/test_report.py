@@ -156,6 +156,7 @@ def test_date_and_every_number_in_the_report_come_from_a_run_file(full, page):
     check_page(page)
     check_numbers(full.folder, page)
     assert f"evaluated on val; {full.metrics.eval_date}" in page
+    assert "<figcaption>Identities by average precision</figcaption>" in page
     shown, _, hidden = section(page, "summary").partition("<details>")
     assert {full.metrics.map, full.metrics.auroc} <= {*values(shown)} and "95 % interval" in shown
     assert full.metrics.num_clips in values(hidden)

@@ -215,10 +215,7 @@ class Store:
 
     def make_folder(self) -> None:
         """Makes the folder of a new gallery. Raises UserError if it contains files."""
-        with contextlib.suppress(FileExistsError):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700)
-        files.make_folder(self.folder, "gallery:")
+        files.make_folder(self.folder, "gallery:", mode=0o700)
         self.check_new()
 
     def _advise_on_run(self) -> str:

@@ -136,8 +136,8 @@ def extract_folders(
             for note in media_files.describe_left_out(inputs):
                 tell(note)
             media_files.check_apart(listed, out)
-            out.mkdir(mode=0o700, parents=True, exist_ok=True)
-            locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
+            folder = files.make_folder(out, "out", mode=0o700)
+            locked.enter_context(files.lock(folder, "features"))
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
             stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails, tell)

@@ -133,8 +133,7 @@ def name_people(
     media_files.check_apart(media_files.list_files(films), out)
     call = _Call(out, models, tell)
     photos = None if people is None else Photos(people, out, call.tell)
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with files.lock(files.make_folder(out, "out"), "out"):
+    with files.lock(files.make_folder(out, "out", mode=0o700), "out"):
         files.refuse_links(out)
         gallery = call.open_gallery()
         had_page = files.exists(out / PAGE)

@@ -25,8 +25,8 @@ _scratch_folders: set[Path] = set()
 _scratch_lock = threading.RLock()
 
 
-def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Makes a folder if it does not exist, and returns its absolute path.
+def make_folder(path: str | os.PathLike[str], name: str = "workdir", mode: int = 0o777) -> Path:
+    """Makes a folder with the rights `mode` if it does not exist, and returns its absolute path.
 
     Raises UserError if the folder is not writable, or if `path` is an address such as s3://x. Error
     messages call the folder `name`.
@@ -35,7 +35,7 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     try:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{name} '{workdir}' is a file, not a folder\ngive a folder")
-        workdir.mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(mode, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
