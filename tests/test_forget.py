@@ -372,12 +372,13 @@ def test_forget_reads_any_arrays_and_long_texts(tmp_path, places, monkeypatch):
         tmp_path / "other.npz", number=np.float32(1), text=np.array(GONE[:3]),
         infinite=np.full((2, width), np.inf), long=np.ones(3, np.longdouble), x=np.ones(2, complex),
     )  # fmt: skip
+    np.savez(tmp_path / "names.npz", text=np.array([["Eve"], [GONE]]))
     (tmp_path / "others.csv").write_text(f"{GONE}s," * 2000)
     monkeypatch.setattr(traces, "PART_LETTERS", 300)
     monkeypatch.setattr(traces, "OVERLAP_LETTERS", 80)
     for letters in range(280, 310):  # the name is at the end of a part, or is divided
         (tmp_path / f"{letters}.csv").write_text("x," * (letters // 2) + f"{GONE},{'y,' * 500}")
-    expected = {f"{letters}.csv" for letters in range(280, 310)} | {"g"}
+    expected = {f"{letters}.csv" for letters in range(280, 310)} | {"g", "names.npz"}
     assert {Path(path).name for path in places(f"--identity={GONE}", tmp_path)} == expected
 
 
