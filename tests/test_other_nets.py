@@ -129,6 +129,12 @@ def test_corrections_are_kept_when_all_nets_change(archive, drawn):
     before, names, clips = archive.list_corrections(), archive.list_names(), drawn.names()
     assert sum("not Countess" in x for x in before) == 4 and "('joined', [], [])" not in before
     drawn.models = write_nets(drawn.folder / "new")
+    net = (drawn.models / "embed.onnx").rename(drawn.folder / "net")
+    features = sorted((archive.out / "features").iterdir())
+    (drawn.models / "embed.onnx").write_bytes(b"damaged")
+    assert "embed.onnx" in drawn.who(archive.films, code=2).output  # removes no features
+    assert sorted((archive.out / "features").iterdir()) == features
+    net.replace(drawn.models / "embed.onnx")
     _, output = archive.who()
     assert output.count("there are new nets (face): the films and photos of this run are") == 1
     assert archive.list_corrections() == before
