@@ -176,7 +176,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
     """A card, the JSON file that describes a net, after it was read from the file `path`.
 
-    `digest` is the sha256 of this file. `vidjax measure-card` changes the file, but not `digest`.
+    `digest` is the sha256 of this file, or of its content before `vidjax measure-card` changed it.
     """
 
     path: Path

@@ -110,7 +110,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
         `vote` has no person                       `vote`
         no answer in `own` has the person P        the answer for the clip in `own`
         the clip's probability of P is below 0.1   the answer for the clip in `own`
-        otherwise                                  `vote`, but at most the clip's probability of P
+        otherwise                                  `vote`, with at most the clip's probability of P
 
     Args:
       vote: the answer for all clips of the group together.

@@ -295,7 +295,7 @@ class Review:
             elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
-                    raise UserError("nobody selected is unknown: type one name for all of them")
+                    raise UserError("all selected people have names: type the name to give to all")
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
