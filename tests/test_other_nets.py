@@ -165,7 +165,7 @@ def test_films_and_photos_that_are_missing_keep_their_corrections(archive, drawn
     for _ in range(2):
         _, output = archive.who(code=1)
         assert "films that were not read with the present nets: 1, such as 00.mkv" in output
-        assert "photos that were not read with the present nets: 3, such as 1 of Ada" in output
+        assert "photos were not read with the present nets: 3, such as 1 of Ada" in output
         assert archive.list_corrections() == before
     # Another film with the same name does not get the clips of the missing film.
     (archive.films / "other").mkdir()

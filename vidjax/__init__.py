@@ -11,8 +11,8 @@
     people = vidjax.Gallery.create("people", run)
 
 `clips` is split -> clip -> modality -> array, see `load_data`. `import vidjax` is fast, because JAX
-and TensorFlow are imported only when a function that needs them is called. A gallery that
-`Gallery.of_models` makes needs neither JAX nor TensorFlow.
+and TensorFlow are imported only when a function that needs them is called. Galleries from
+`Gallery.of_models` need neither JAX nor TensorFlow.
 """
 
 import os

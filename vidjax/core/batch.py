@@ -47,10 +47,7 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def mirror_shift(self) -> int:
-        """The number of columns between an identity and its mirror class.
-
-        The mirror class contains distractors that the model mistakes for the identity.
-        """
+        """The number of an identity's mirror column minus the number of the identity's column."""
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:

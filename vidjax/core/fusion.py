@@ -42,9 +42,9 @@ def filter_frames(
       poor_clips: what happens to a clip that would lose all frames. With `keep`, it keeps all
         frames. With `drop`, it loses them.
 
-    Source: the thresholds are from quality fusion (4th place 2019), whose code (training.py:98 at
-    60f5127) drops poor clips. A `top_share` of 0.7 is from Residual Dense Net (2nd place 2019). The
-    papers have no `keep`.
+    Source: iQIYI challenge of 2019. The thresholds are from quality fusion (4th place), whose code
+    (training.py:98) drops poor clips. A `top_share` of 0.7 is from Residual Dense Net (2nd place).
+    The papers have no `keep`.
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:

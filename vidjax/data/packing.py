@@ -356,7 +356,7 @@ class Packer(contextlib.ExitStack):
         raise UserError(f"{locate(clip, self._modality)}: features are {problem}")
 
     def finish(self) -> PackedClips:
-        """Writes the last clips, closes the files, and returns all clips in the given order."""
+        """Writes the last clips, closes the files, and returns all clips in the order of `add`."""
         self._write()
         self.close()
         width, dtype = self._kind or (0, np.dtype(np.float16))

@@ -107,8 +107,8 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        Only the k best clips of each identity are known. A clip that is not one of the k best clips
-        of its best identity has -1 and -inf. If scores are equal, the first identity is the best.
+        A clip has -1 and -inf if no identity with the clip's highest score (`best`) has the clip
+        among its k best clips. If several have, the first identity is the best.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]

@@ -99,9 +99,9 @@ def _describe(
 ) -> Spread:
     """Returns the mean and standard deviation of cosines, with bootstrap intervals.
 
-    `means` and `squares` [P, P] are the mean cosine and the mean squared cosine between clips of
-    person i and clips of person j. `average(x, weight)` averages such an array x with the weights
-    of people in each draw, [draws, P], and returns [draws].
+    `means` [P, P] are the mean cosines between clips of each two of P people, and `squares` the
+    mean squared cosines. `average(x, weight)` returns the mean of x, `means` or `squares`, for each
+    of B bootstrap samples, [B]. `weight` [B, P] is how often a sample contains each person.
     """
     people = len(means)
 

@@ -170,9 +170,9 @@ def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """Returns the latest checkpoint of a run, or the best by MAP if `prefer` is `best`.
 
-    Damaged checkpoints are skipped with a warning. If all checkpoints with a MAP are damaged,
-    `best` returns the latest intact checkpoint. If the run has no checkpoint, returns None. Raises
-    CheckpointError if all are damaged, or if `prefer` is `best` and no checkpoint has a MAP.
+    Damaged checkpoints are skipped with a warning. A checkpoint without a MAP ranks below all
+    others in `best`. Returns None if the run has no checkpoint. Raises CheckpointError if all are
+    damaged, or if `prefer` is `best`, all manifests are readable, and none has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
     if paths:

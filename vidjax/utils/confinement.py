@@ -251,10 +251,7 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns steps that choose `found` if an argument of a system call is in `values`, or `other`.
-
-    A step of `_load_argument` must come before these steps.
-    """
+    """Returns steps: `found` if the value that was loaded last is in `values`, else `other`."""
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
     return [*reversed(checks), other, found]

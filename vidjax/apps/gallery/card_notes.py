@@ -62,10 +62,9 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
-    """Reads the cards, the JSON files of a gallery's nets.
+    """Returns modality -> `back_end` in the card, the JSON file of a gallery's net.
 
-    Returns modality -> distributions of the cosine of two embeddings. Returns {} if the cards are
-    not found, or if the nets have changed.
+    Returns {} if a card is missing, damaged, or has another `digest` than in `origin`.
     """
     from vidjax.apps import cards
 

@@ -238,11 +238,10 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes the input of `finish` for Q groups of clips.
+        """Returns `units` minus the mean of all people, [Q, D], and `terms` [Q, 4] for `finish`.
 
-        `units` [Q, D] are the means of the unit vectors. `effective` [Q] are the effective numbers
-        of clips, see `card_backend.effective_count`. Returns `units` minus the mean of all people,
-        [Q, D], and `terms` for `finish`, [Q, 4].
+        `units` [Q, D] are the mean unit vectors of Q groups of clips. `effective` [Q] is the number
+        of independent clips whose mean has the same variance: 1 for a group of one clip.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -455,8 +454,8 @@ class Index:
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
         """Prepares Q groups of clips for the comparison with people.
 
-        `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
-        `effective` are the effective numbers of clips, M arrays [Q], see `DistanceRatios.ask`.
+        `units` (M arrays [Q, D]) and `effective` (M arrays [Q]) are the arguments of
+        `DistanceRatios.ask` for each of M modalities.
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):

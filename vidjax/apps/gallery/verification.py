@@ -15,8 +15,8 @@ clips of other people that reach the threshold. There are two ways to choose a t
   of 1 / R. At most a share R of the clips of other people reaches this threshold, by Markov's
   inequality, because the mean likelihood ratio of these clips is 1. This holds only if the clips
   are distributed as the gallery assumes. If the enrolled people are closer to each other than the
-  card (the JSON file of a net) states, the threshold for two clips is computed from the distances
-  between the enrolled people, unless this makes it lower.
+  card (the JSON file of a net) states, the threshold for two clips is 1 / R or a threshold that is
+  computed from the distances between the enrolled people, whichever is higher.
 """
 
 import hashlib

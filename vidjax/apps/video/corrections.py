@@ -375,7 +375,7 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the person whom a face of `found` shows a second time, as a mirror image.
+        """Returns the name that a face in `found` lost to another face of the same time.
 
         Raises UserError if there is no such person.
         """

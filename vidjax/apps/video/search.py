@@ -1,10 +1,9 @@
 """Searches the frames of a film for people, and saves time by searching most frames only in part.
 
-The frames of a shot are divided into groups of at most five frames and less than a second. The last
-frame of a group is searched as a whole. The other frames of the group are searched only near the
-people in two reference frames: the next frame, and the last frame of the previous group. If fewer
-people are detected than in one of the reference frames, the whole frame is searched. At least one
-frame per second is searched as a whole, so that new people are detected.
+The frames of a shot are divided into groups of at most five frames and less than a second. A group
+is searched backwards: first its last frame, as a whole. Each earlier frame is searched only near
+the people in two reference frames: the frame after it, and the last frame of the previous group. If
+fewer people are detected than in one of the reference frames, the whole frame is searched.
 """
 
 from collections.abc import Iterator

@@ -396,8 +396,8 @@ class _Call:
         faces = people_photos.list_unread(self.out)
         for face in sorted(faces.values())[:1]:
             self.warn(
-                f"faces in photos that were not read with the present nets: {len(faces):,}, "
-                f"such as {face.clip} of {show(face.person)}\nto read photos, add --people=FOLDER"
+                f"faces whose photos were not read with the present nets: {len(faces):,}, such as "
+                f"{face.clip} of {show(face.person)}\nto read the photos, add --people=FOLDER"
             )
 
     def read_typed_names(self) -> set[str]:

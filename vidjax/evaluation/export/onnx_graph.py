@@ -433,7 +433,7 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Adds nodes that sort all operands by the first operand, ascending. Ties keep their order."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
-        raise _make_error("'sort' by several keys")
+        raise _make_error("'sort' must have a single key")
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
