@@ -213,7 +213,7 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
         ("scale", {"input": {"scale": [float("nan"), 1.0, 1.0]}}),
         ("centre", {"back_end": {**BACK_END, "centre": [0.0] * 4}}),
         ("same", {"back_end": {**BACK_END, "same": [0.9, 0.0]}}),
-        ("mean of `same`", {"back_end": {**BACK_END, "same": [1.0, 0.1]}}),
+        ("-1 <= `different` < `same` < 1", {"back_end": {**BACK_END, "same": [1.0, 0.1]}}),
         ("deviation", {"back_end": {**BACK_END, "same": [0.9, 0.5]}}),  # 0.9^2 + 0.5^2 > 1
         ("seed", {"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}),
     ):  # fmt: skip

@@ -410,7 +410,7 @@ def test_journal_of_a_killed_change_is_rolled_back_unless_it_names_another_file(
     end = b"\0\0\0\0" + name + struct.pack(">II", len(name), checksum) + store_lib.SUPER_JOURNAL
     with (gallery.folder / store_lib.JOURNAL_FILE).open("ab") as journal:
         journal.write(end)
-    refused(lambda: Gallery(gallery.folder), "names a file that SQLite would delete")
+    refused(lambda: Gallery(gallery.folder), "it makes SQLite delete another file")
     assert thesis.read_text() == "mine"
 
 

@@ -286,7 +286,7 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
         drawn_people.write_photo(tmp_path / "twins" / photo, ("Ada", 40, 40))
     for folder, words in (
         ("foldr", f"did you mean '{tmp_path / 'folder'}'"),
-        ("twins", "x.png', a photo of P1, is also a photo of P0"),
+        ("twins", "x.png' is for P1, but is a copy of a photo of P0"),
         ("walls", "wall.png: the photo shows no face"),
     ):
         given = "measure-card", drawn.models, f"--photos={tmp_path / folder}"

@@ -290,7 +290,7 @@ def test_names_follow_the_folders_of_all_people(party, new):
     content, output = party.who(party.folder / "party.mkv")
     assert content["people"].keys() == {new.get("Ada"), new.get("Bob", "Bob")}
     assert party.names() == {clip: new.get(x, x) for clip, x in before.items()}
-    moved = "all photos of Ada are now photos of ada. 1 face that you named Ada got the name ada"
+    moved = "all photos of Ada now belong to ada. 1 face that you named Ada got the name ada"
     assert (moved in output) == ("ada" in new.values())
 
 
@@ -303,7 +303,7 @@ def test_photos_that_went_to_several_people_leave_typed_names_and_ask(party):
         (friends / "Ada" / f"{number}.png").rename(friends / name / f"{number}.png")
     (friends / "Ada").rmdir()
     _, output = party.who(film)
-    assert "photos of Cleo, Dora. 1 face that you named Ada kept this name" in output
+    assert "belong to Cleo, Dora. 1 face that you named Ada kept this name" in output
     assert "vidjax gallery rename" in output and party.names()["party.s001.t00"] == "Ada"
 
 

@@ -405,7 +405,7 @@ def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     assert not Gallery(out / "gallery").identities and not (out / "people/Ada").exists()
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*")), "pages that name Ada are deleted"
-    assert "names.html and the tables were deleted" in output and list(out.rglob("*.png"))
+    assert "names.html and the tables of names were deleted" in output and list(out.rglob("*.png"))
     _, output = drawn.who(group, flags=["--no-thumbnails"], code=2)
     assert "were deleted" not in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)

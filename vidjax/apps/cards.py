@@ -82,7 +82,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
-            raise ValueError("the mean of `same` must be below 1 and above the mean of `different`")
+            raise ValueError("mean cosines must fulfil -1 <= `different` < `same` < 1")
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
             raise ValueError("`same` and `different` need a deviation of at most sqrt(1 - mean^2)")
@@ -281,10 +281,10 @@ def describe_remedy(role: Role, folder: Path) -> str:
 
 
 def describe_own(net: Path, like: str) -> str:
-    """Returns the command that writes the card, a JSON file, next to the user's net `net`.
+    """Returns the command `vidjax convert own`, which writes a JSON file that describes `net`.
 
-    `like` is the value of the flag `--like`: a family of published nets with the same kind of input
-    and output, or several families to choose from, such as `arcface|sface`.
+    `like` is for the flag `--like` of this command: a family of published nets with the same kind
+    of input and output, or several families to choose from, such as `arcface|sface`.
     """
     path, folder = (shlex.quote(str(x)) for x in (net, net.parent))
     return f"vidjax convert own {path} --like={like} --out={folder}"

@@ -77,7 +77,7 @@ def is_earlier(content: Any) -> bool:  # noqa: ANN401  (any JSON)
 
 
 def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
-    """Reads the numbers of unknown people from `unknown.json` of version 0.1.0.
+    """Reads the numbers in names such as `unknown 2` from `unknown.json` of version 0.1.0.
 
     Returns three values: the digests of the films, face -> number of its person, and the highest
     number that a person ever had, or 0.

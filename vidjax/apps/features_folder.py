@@ -238,10 +238,10 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings for an extraction into `folder`, or None if `given` has no values.
+    """Returns settings for an extraction into `folder`, or None if all values in `given` are None.
 
-    `given` are setting -> value. The value None stands for the stored value of the setting, or in
-    a new folder for its default.
+    `given` are setting -> value. A value of None is replaced by the value stored in `folder`. If
+    `folder` stores no settings, None is replaced by the default.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -470,8 +470,8 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
     """Checks that a photo shows exactly one face, and that this face is good.
 
-    Returns (name of the face, problem). The name is None for no face or several faces. The problem
-    is a text for the user, or "" for a good photo.
+    Returns (clip of the face, problem). The clip, such as `IMG_1`, is None for no face or several
+    faces. The problem is a text for the user, or "" for a good photo.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"

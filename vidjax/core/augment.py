@@ -37,11 +37,11 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Removes poor frames, with a quality below `clips.min_quality`. `rng` is not used.
 
-    If a clip has only poor frames in a modality, these frames are kept. With `poor_clips="drop"`,
-    the weight of a clip becomes 0 if it has only poor frames in the first modality.
+    If all frames of a clip in a modality are poor, they are kept. If `poor_clips` is "drop", and
+    all frames in the first modality are poor, the clip gets the weight 0.
 
-    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
-    option `keep`. The paper also drops frames whose quality equals the limit.
+    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper always
+    drops such clips. It also drops frames whose quality equals the limit.
     """
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
@@ -60,10 +60,10 @@ def concat_noise(
 ) -> MemberClips:
     """Joins short distractor clips at random, and cuts long distractor clips to random pieces.
 
-    A distractor shows none of the identities: its label is 0, or larger than `num_identities`. For
-    `pieces`, see `concat_clips`.
+    A distractor shows none of the identities: its label is 0, or larger than `num_identities`.
+    `pieces` chooses the lengths of the pieces: `equal` or `random`, see `concat_clips`.
 
-    Source: noise augmentation of the 5th-place system of 2018.
+    Source: noise augmentation of the 5th place in the iQIYI-VID challenge 2018.
     """
     labels = clips.labels
     is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))

@@ -149,8 +149,8 @@ def count_clip_uses(
 def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
     """Returns `sets`, with the training clips of an earlier run added to the clips of each member.
 
-    The weights of member (net) i in the earlier run initialise member i of `sets`. If `earlier` has
-    only one member, its weights initialise all members.
+    Member (net) i gets the clips of member i of `earlier`, because training starts from the weights
+    of this member. If `earlier` has only one member, all members get the clips of this member.
     """
     known = _index_clips(sets.clips)
     more = tuple(clip for clip in earlier.clips if clip not in known)

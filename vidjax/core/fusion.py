@@ -223,10 +223,10 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
+    """Applies `fn` to each field of Frames, such as `features`; returns Frames of the results.
 
-    Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
-    of them. If the features are LazyFeatures, `fn` receives their row numbers, `index`, instead.
+    If several Frames are given, `fn` receives the same field of each of them. If the features are
+    LazyFeatures, `fn` receives only the field `index` of LazyFeatures.
     """
 
     def field(*values: Array) -> Array:

@@ -257,7 +257,7 @@ def make_loss(
     """Builds the loss w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: these fields of `config.loss`, and the options of the losses:
+      spec: the options of the losses, and these fields of `config.loss`:
         classification, focal: the names of the two losses, keys of CLASSIFICATION.
         schedule: pairs (epoch, w), see `optim.make_piecewise`.
         margin_type: the kind of the margin, a key of MARGINS.

@@ -402,10 +402,10 @@ def pad(
     modality: Modality,
     first: np.ndarray | None = None,
 ) -> Frames:
-    """Returns the frames of up to B clips in a modality as arrays [B, T], padded with zeros.
+    """Returns the frames of up to B clips as arrays [B, T] or [B, T, D], padded with zeros.
 
     Args:
-      frames: field -> a list of arrays, [t] or [t, D], one per clip.
+      frames: field -> a list of arrays, one per clip: `features` [t, D], other fields [t].
       shape: (B, T).
       modality: the width and the dtype of the features.
       first: [B] int, the first frame to take from longer clips, or None: see `choose_frames`.

@@ -160,7 +160,7 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that converts a directory and prints the data report.
+    """Converts a directory of iQIYI-VID files to files in the cache, and prints the data report.
 
     `argv` are the words of the command line, by default `sys.argv`. Returns the exit code.
     """

@@ -150,11 +150,11 @@ def write_results(
 
 
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
-    """Returns the entries of the metrics that describe how a run was trained and evaluated.
+    """Returns entries for the metrics: how a run was trained, and how it is evaluated now.
 
-    The entries are `eval_date`, the entries of `metrics.json` about the training, and maybe
-    `overrides`: field -> value in `config`, for fields that affect scores and had another value in
-    the training. If there are `overrides`, `write_results` uses other file names.
+    The entries about the training are copied from `metrics.json`. `eval_date` is the time. If
+    fields that affect scores (except `eval.split`) had other values in the training, `overrides` is
+    field -> value in `config`.
 
     `step` is the step of the scored checkpoint, or None for a blend. If the training ended at
     another step, `overrides` has an entry such as `eval.checkpoint`: "step 90".
@@ -208,11 +208,11 @@ def evaluate(
     num_devices: int | None = None,
     command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
+    """Ranks the clips of `config.eval.split` and `eval.splits` with a run or a blend of runs.
 
     With `config.join.runs` or `config.join.systems`, `folder` is the folder of a blend, and may be
-    empty. The results are written to `folder`, see `write_results`. The clips need no ground truth.
-    Returns split -> metrics.
+    empty. The results are written to `folder`, see `write_results`. Returns split -> metrics. If a
+    split has no ground truth, its metrics have counts of clips, but no MAP.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.

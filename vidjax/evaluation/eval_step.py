@@ -84,7 +84,7 @@ def attention_step(
     """Computes the attention between the M input vectors of each of B clips, [B, M, M] float32.
 
     Element [b, i, j] is how much vector j attends to vector i in clip b. If the model has no
-    attention, returns None. The model must classify whole clips, not single frames.
+    attention, returns None. The model must classify whole clips. For arguments, see the module.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):

@@ -37,13 +37,13 @@ LARGE = 10**9  # bytes of a scratch file from which its size is printed
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a split with N clips for C identities. Clips may lack scores.
+    """The scores of a split for C identities. The split has N clips, and n of them have scores.
 
     Attributes:
-      array: [n, C] float32, memory-mapped. The n rows are the clips that have scores.
+      array: [n, C] float32, memory-mapped, with a row for each clip that has scores.
       use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips.
-      kind: `in_sample` if members score clips that they were trained on. `out_of_fold` if members
-        of folds or bootstrap samples skip their training clips. Otherwise the name of the split.
+      kind: `in_sample` if members score their own training clips. `out_of_fold` if members trained
+        in folds or on bootstrap samples leave their training clips out. Otherwise the split's name.
       logs: True if the scores are logarithms of probabilities.
       complete: True if clips keep the scores of all identities, False if only the highest scores.
       clips: the names of the N clips.
@@ -286,9 +286,9 @@ def evaluate(
 def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
     """Counts clips and identities in the ground truth of a split with N clips.
 
-    The first result, [C] int, is the number of clips of each identity of the model, minus the clips
-    where `pool` [N] bool is False. The second result is the number of identities that the model
-    does not have. If `pool` is False for any clip, the second result is 0.
+    `pool` [N] bool is True for clips that were scored. The first result, [C] int, is the number of
+    clips of each identity of the model, minus the clips that were not scored. The second result is
+    the number of identities that the model does not have, or 0 if a clip was not scored.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0

@@ -49,15 +49,15 @@ class Identifier(nn.Module):
       logit_scale: factor on the cosines in the logits, the s of ArcFace. Losses with a margin need
         it. It is 1 if the logits are not cosines. If the factor is learned, this is its initial
         value, and `ModelOutput.logit_scale` is its current value.
-      vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
-        model without attention.
+      vector_names: names of the M vectors between which the model has attention, for the report;
+        () for a model without attention.
       is_closed_form: True if training only sums or stores vectors of clips, without a loss and an
         optimiser. Then the options that change or repeat training clips must be off.
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: if the model contains other models, the name of the field with such a model -> the
-        name of the field with its modalities, such as {"main": "main_modalities"}.
+      parts: the models in this model. {"main": "main_modalities"}, for example, means that the
+        field `main` is a model for the modalities in the field `main_modalities`.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()

@@ -119,8 +119,8 @@ class System(NamedTuple):
         -> Frames, and [B, n] bool, False for padding.
 
         If `frame_is_example` is False, n is 1, and `frames` are the examples. If it is True, each
-        frame is an example, and the result has Frames [B * n, 1]. n is T', equal in all modalities
-        except those with T' = 1. All examples of the clip contain a frame of T' = 1.
+        frame is an example: n is T', and the result has Frames [B * n, 1]. All modalities must have
+        the same T', or only one frame. The n examples of a clip share the only frame.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)

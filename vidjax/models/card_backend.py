@@ -113,9 +113,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of the population.
 
-    `mean` [D] is the prior mean from the card of the net (a JSON file), or None. An item of
-    `weighed` is for a group of enrolled people: the sum of weight x mean vector of a person, [D],
-    and the sum of the weights, see `weigh`.
+    `mean` [D] is the prior mean from the card of the net (a JSON file), or None. `weighed` has a
+    pair for each block of enrolled people: the weighted sum of their mean vectors, [D], and the sum
+    of the weights, see `weigh`.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:
@@ -183,8 +183,8 @@ def pair_log_ratios(
     Args:
       distances: the distributions of distances between clips of one person, and of two people.
       square: the squared distance between the means of the two groups.
-      noise: 1 / k + 1 / k' for groups of k and k' effective clips (see `effective_count`).
-      clarity: factor on `distances.between`, 0 to 1: people differ less in unclear clips.
+      noise: 1 / k + 1 / k' for groups of k and k' clips; more if the clips of a group are alike.
+      clarity: factor on the variance between people, 0 to 1: people differ less in unclear clips.
     """
     # The distances of the groups from the mean m of people are not used. People in a film may all
     # differ from m in the same direction, and would look like one person.

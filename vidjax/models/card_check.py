@@ -33,7 +33,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """How much people's vectors vary, relative to the variances in the card of the net."""
+    """Variances of vectors within and between people, divided by those in the net's JSON file."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card

@@ -57,10 +57,9 @@ class DeepMEF(Identifier):
 
     Source: DeepMEF (3rd place in the iQIYI challenge 2019), with the modalities face and scene.
 
-    - From the code: the factor 30 in training, the hidden layer of twice the width of the
-      aggregated face, and layers of the widths S/4 = 480 and S/16 = 120 for S features of the
-      scene. Each net of the ensemble omits 1/16 of 2048 features, so S is 1920.
-    - Different in the article: features are normalised, and the width is 2048/16 = 128, not 120.
+    - From the code: the factor 30 in training, a `hidden_dim` of twice the width of the aggregated
+      face, and `branch_dims` of 1/4 and 1/16 of the 1920 features of the scene that a net sees.
+    - Different in the article: features are normalised, and `branch_dims` ends with 128, not 120.
     - Ours: masks of padding, modality dropout, zeros for a missing modality, `rms_norm`.
     """
 

@@ -169,8 +169,8 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of a clip a mean of all vectors of the clip, weighted by correlation.
 
-    The vector x_j becomes x_j + gamma sum_i Y[i, j] x_i. Y [M, M] is the attention between the M
-    vectors of the clip.
+    A clip has M vectors, one or more for each modality. The vector x_j becomes
+    x_j + gamma sum_i Y[i, j] x_i. Y [M, M] is the attention.
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.
@@ -178,11 +178,11 @@ class MultimodalAttention(nn.Module):
         LayerNorm, correlate most with themselves. Then Y is nearly the identity matrix, unless
         `scale` is small.
       gamma: strength of the attention.
-      fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
-        of the vectors that exist. If False (not in the paper), it is 0.
+      fill_missing: if True, as in the paper, the vector of a modality that the clip lacks becomes
+        gamma times a mean of the vectors that exist. If False (not in the paper), it stays 0.
 
-    Source: iQIYI-VID paper, equations 1-3. Our missing vectors have the weight 0. In the paper,
-    they have the score 0 in the softmax, and so a weight above 0.
+    Source: iQIYI-VID paper, equations 1-3. There, the vectors of modalities that the clip lacks
+    have weights above 0 in Y. Here, they have the weight 0.
     """
 
     dim: int = 64

@@ -84,13 +84,13 @@ class RunFolder:
         return self._metrics.get(path, {})
 
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
-        """Returns the folders of the runs whose scores a blend joins, or [] if this is no blend.
+        """Returns the folders of the runs whose scores are joined, or [] if this is a single run.
 
-        `config` is the configuration of the blend, by default of this folder. The runs are:
+        `config` is the configuration, by default of this folder. The runs are:
 
-        - if the user has chosen runs: `config.join.runs`.
-        - otherwise, if `final` is True and all exist: the runs trained on all clips.
-        - otherwise: the runs trained in folds (cross-validation).
+        - `config.join.runs`, if the user has chosen runs.
+        - otherwise the runs trained on all clips, if `final` is True and all these runs exist.
+        - otherwise the runs trained in folds (cross-validation).
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)

@@ -271,12 +271,12 @@ class Analysis(Struct, kw_only=True, omit_defaults=True):
 
     The arrays, which are not fields of this class, are:
 
-    - `ap`, `positives`, `train_clips`: average precision, number of clips, and number of training
-      clips of each identity.
+    - `ap`: the average precision of each identity, over `positives` clips.
+    - `train_clips`: the number of training clips of each identity.
     - `score_known`, `score_strange`: histograms of the best scores of clips of known and of unknown
       people, with the bins `score_edges`.
     - `fpir`, `fnir`: false positive and false negative identification rate at each threshold.
-    - `attention`: [i, j] is the mean attention of vector j to vector i. `vectors` has their names.
+    - `attention`: [i, j] is how much vector j attends to vector i on average; `vectors`: the names.
     - `calibration`: [bins, 3], the number of clips, mean confidence, and share of right answers.
     """
 

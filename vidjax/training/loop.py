@@ -359,9 +359,9 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Moves distractors (clips of unknown people) that are in no cluster to other classes.
+        """Lets each net choose new classes for distractors (clips of unknown people).
 
-        Each net chooses the classes by its own predictions, see `noise_classes.relabel`.
+        A net chooses by its predictions, see `plan.make_relabel`.
         """
         labels = self._compute_labels(self.state, self._clips)
         self._states = [

@@ -199,8 +199,8 @@ def label_distractors(
     """Clusters distractors (clips of unknown people, label 0) into noise classes.
 
     `labels` [N] are the classes of the training clips. Returns new labels [N] int32, and the layout
-    of the class columns. Raises UserError if there are no distractors, or the data do not have the
-    modality `config.noise.modality`.
+    of the columns of the logits. Raises UserError if there are no distractors, or the data do not
+    have the modality `config.noise.modality`.
     """
     is_noise = labels == 0
     if not is_noise.any():

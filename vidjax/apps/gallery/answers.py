@@ -266,10 +266,10 @@ def check_rate(name: str, rate: float | None) -> None:
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Checks the two arguments that choose when a clip gets a name.
+    """Checks `fpir` (false positive identification rate) and `threshold` (a probability).
 
-    Raises UserError if `fpir` is not in (0, 1), if `threshold` is not in (0, 1], or if both are
-    given.
+    Either of them decides which clips get a name. Raises UserError if `fpir` is not in (0, 1), if
+    `threshold` is not in (0, 1], or if both are given.
     """
     check_rate("fpir", fpir)
     check_argument("threshold", threshold, (numbers.Real, type(None)), "a number, or None")
@@ -443,8 +443,8 @@ def rank(
 ) -> dict[str, list[tuple[str, float]]]:
     """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    `vectors` are the vectors of the clips. If the user chose the rule (`rule.default` is False), a
-    list contains only clips that get the name of the person. For `advance`, see `Gallery.rank`.
+    If `rule.default` is True, `rule` has no effect. If it is False, a list contains only clips to
+    which `rule` gives the name of the person. For `advance`, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)
@@ -518,7 +518,7 @@ def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
 
 
 def rank_group(group: str) -> tuple[bool, int]:
-    """Returns a key that sorts names of groups: `unknown 2`, `unknown 10`, `unknown face 1`."""
+    """Returns a key that sorts `unknown 2`, `unknown 10` and `unknown face 1` in this order."""
     return group.startswith(FACE), parse_group_number(group)
 
 

@@ -57,7 +57,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes `linear` [P, D] and `constant` [P] of `People`, for P people and this modality.
+        """Computes the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of the unit
         vectors of these clips.
@@ -179,11 +179,11 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: like `vectors`, but row n may be the mean of several clips of the person
-        `labels[n]`. Not used if `settings` are given. Default: `vectors`.
+      enrolled: replaces `vectors` for enrolled clips in the fit of `settings`. Row n may be the
+        mean of several clips of the person `labels[n]`. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
-        person's clips gets a lower limit, see `two_covariance.covariances`.
+      settings: the settings of PLDA. If None, they are fitted, and the variance of a person's
+        clips has a lower limit, see `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 
@@ -286,10 +286,10 @@ def _sum_clips(
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number [num] and the sum [num, D] of each person's vectors.
+    """Counts and sums the vectors of each of P people: returns arrays [P] and [P, D].
 
     `units` [N, D] are the vectors. Vectors of 0 are ignored. `owner` [N] int is the person of each
-    vector, an index below `num`.
+    vector, from 0 to P - 1. P is `num`.
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
@@ -304,7 +304,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 class Kind(Struct, omit_defaults=True):
-    """Describes one modality, so that `from_numbers` knows the sizes of its arrays."""
+    """Describes one modality in the flat array of parameters that `from_numbers` reads."""
 
     name: Text  # the modality, or `embedding`
     width: Size  # D

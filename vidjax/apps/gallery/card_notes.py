@@ -52,7 +52,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' contains no embedding net with the entry `back_end` in its JSON file\n"
+            f"'{path}' contains no embedding net whose JSON file has cosine statistics (back_end)\n"
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}

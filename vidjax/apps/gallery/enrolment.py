@@ -98,8 +98,9 @@ def stack_people(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`.
 
-    A row is for a person, not a stranger, in a film. It is one of the person's clips in `vectors`,
-    and the mean of these clips in `enrolled`. `widths` are modality -> length of a vector.
+    Each row is for one person in one film: the first clip in `vectors`, the mean of the clips in
+    `enrolled`, and the person's number in `labels`. Strangers have no rows. `widths` are modality
+    -> length of a vector.
     """
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)

@@ -339,8 +339,7 @@ class Gallery:
         written at the end of the block. If the block raises an error, nothing is written. During
         the block, no other process can change the gallery.
 
-        In a folder of results of `vidjax who`, the changes are also written into the log, see
-        `said`.
+        In a folder of results of `vidjax who`, the file `said.jsonl` also logs changes of names.
 
         Args:
           advance: shows progress at the end of the block. It is called several times, with the

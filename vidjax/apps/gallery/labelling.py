@@ -200,7 +200,7 @@ def warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
         warn(
-            f"'{show(name)}' looks like '{show(other)}', but was enrolled as another person{more}\n"
+            f"the name '{show(name)}' looks like '{show(other)}', but names another person{more}\n"
             f"if they are the same: {shlex.join([*words, '--merge'])}"
         )
 

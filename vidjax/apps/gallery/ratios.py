@@ -43,7 +43,7 @@ class Summary(NamedTuple):
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Returns the statistics of N clips, as `compare` needs them. Each clip is a group.
+    """Returns a `Summary` of N groups, which `compare` needs. Each group is a single clip.
 
     `parts` are the vectors of the N clips: M arrays [N, D], one for each modality.
     """

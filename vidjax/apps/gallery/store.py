@@ -259,7 +259,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it may be forged: it names a file that SQLite would delete")
+                raise damaged(journal, "it is not from vidjax: it makes SQLite delete another file")
 
     @contextlib.contextmanager
     def open(
@@ -672,7 +672,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("the table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
-        raise UserError("the table 'backend' contains a scale of distances that is 0 or less")
+        raise UserError("the table 'backend' contains a variance or a gamma shape of 0 or less")
     return backend
 
 

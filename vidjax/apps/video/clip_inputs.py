@@ -86,7 +86,7 @@ def read_films(path: Path | None) -> list[MediaFile]:
 
 
 def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:
-    """Computes the embeddings of clips with a gallery, and displays the progress.
+    """Computes embeddings of clips with the nets or the run of a gallery; displays the progress.
 
     `split` is the split of a dataset to embed, such as "val". It is None for clips without splits.
     """

@@ -470,7 +470,7 @@ class Review:
         return name in self._decision.people or name in self._clips_of
 
     def save_later(self) -> None:
-        """Waits for a second. If there was no change in this second, writes the results."""
+        """Writes the results after a second. If there is a change by then, a later call does it."""
         version = self.version
         while self._saved < version:
             time.sleep(IDLE_SECONDS)

@@ -163,7 +163,7 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 
 
 class Video:
-    """An open video, see `open_video`. Call `frames`, `still` or `sound`, and only once.
+    """An open video, see `open_video`. It allows one call in all: `frames`, `still` or `sound`.
 
     `counts` are the numbers of frames and errors. They are complete when all frames have been read.
     `tell()` returns the present position in the file in bytes, at any time.

@@ -128,8 +128,8 @@ class Lost(NamedTuple):
 class Said:
     """The names and corrections that users gave to faces, from the log `said.jsonl`.
 
-    If log lines contradict each other, the last line counts. As a key of `names` or another dict, a
-    face is a clip that shows the face, or the `Face` in the log if no clip shows it.
+    If log lines contradict each other, the last line counts. In `names` and the other dicts, the
+    key of a face is a clip that shows it. If no clip shows it, the key is the `Face` in the log.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
             owner = owners.setdefault((x.photo.sha256, vector.tobytes()), person)
             if owner != person:
                 raise UserError(
-                    f"'{x.path}', a photo of {show(person)}, is also a photo of {show(owner)}\n"
+                    f"'{x.path}' is for {show(person)}, but is a copy of a photo of {show(owner)}\n"
                     "delete the wrong copy, and repeat the command"
                 )
             faces.append((vector, person, x.track.quality))

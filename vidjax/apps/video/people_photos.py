@@ -64,9 +64,9 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 
 
 def list_photo_files(out: Path) -> list[MediaFile]:
-    """Returns the descriptions of all photos of people in the folder of results `out`.
+    """Returns the `MediaFile` of each photo of a person in the folder of results `out`.
 
-    Each face in a description is a track whose `clip` is, for example, `people/Ada/IMG_1`.
+    A track is a face in the photo. Its `clip` is the name of the face, such as `people/Ada/IMG_1`.
     """
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():

@@ -238,9 +238,8 @@ def match_faces(
     or a text, the reason to ignore all tags, for example that the photo seems to be turned,
     mirrored or cropped after it was tagged.
 
-    The boxes of tags were drawn in the stored picture, which may lie on its side, or in the
-    displayed, upright picture. If the width and height in `tags.shape` fit both pictures, or are
-    missing, the picture in which the tags fit the faces better is chosen.
+    Programs draw tags in the stored picture, which may lie on its side, or in the displayed,
+    upright picture. `tags.shape` and the overlap of tags and faces decide between the two.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.

@@ -247,7 +247,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current shot, in a set. The track of the shot has the same number."""
+        """The numbers of the tracks that have not ended: only the number of the current shot."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:

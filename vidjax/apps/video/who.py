@@ -153,7 +153,7 @@ def name_people(
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised"
-                + f"\n{PAGE} and the tables were deleted: they named people without photos" * lost
+                + f"\n{PAGE} and the tables of names were deleted: nobody in them has photos" * lost
                 + "\nadd photos that each show only one person"
             )
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
@@ -458,7 +458,7 @@ class _Call:
                 words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
-                    f"the photos of {show(person)} are now photos of {others}. {count} that you "
+                    f"the photos of {show(person)} now belong to {others}. {count} that you "
                     f"named {show(label)} kept this name\n"
                     f"to change this name: vidjax gallery rename {shlex.join(words)}"
                 )
@@ -469,7 +469,7 @@ class _Call:
                     owner not in known or owner in moved
                 ):  # else the photos may have been wrong photos
                     lines += said.repeat(said.list_denied(label), "not", wanted)
-                text = f"all photos of {show(person)} are now photos of {show(owner)}"
+                text = f"all photos of {show(person)} now belong to {show(owner)}"
                 also = f". {count} that you named {show(label)} got the name {show(wanted)}"
                 self.say(text + also * bool(named))
         if lines:

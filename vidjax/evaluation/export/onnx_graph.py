@@ -223,7 +223,7 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Adds nodes that make an int64 array of the numbers 0, 1, 2, ... along an axis.
+        """Adds nodes that make an int64 array 0, 1, 2, ... along an axis; returns its name.
 
         The size of this axis is `dims[axis]`. The other axes of the array have size 1.
         """
@@ -261,7 +261,7 @@ class Graph:
         return self.node("Or", chosen, self.node("And", self.node("Not", which), no))
 
     def clamp(self, index: str, most: str) -> str:
-        """Adds nodes that limit indices to the range from 0 to `most`, as int64."""
+        """Adds nodes that cast `index` to int64 and limit it to 0 to `most`; returns the name."""
         index = self.cast(index, np.int64)
         return self.node("Max", self.node("Min", index, most), self.ints(0))
 
