@@ -387,7 +387,7 @@ def fade(start, steps):
 @nightly_after_first("count, dark, bright", [(8, 0.6, 1.0), (12, 0.08, 0.15), (12, 0.1, 1.0)])
 def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(count, dark, bright):
     rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 40, count)
+    lengths = rng.integers(20, 60, count)
     cameras = rng.choice(["still", "pan", "hand", "zoom"], count)
     lights = rng.uniform(dark, bright, count)
     parts = [shot(rng, *each) for each in zip(cameras, lengths, lights, strict=True)]
