@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vidjax
 from tests.helpers import small_runs
 from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import check_numbers
@@ -143,3 +144,14 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
         given = f"--runs={','.join(map(str, blended))}", f"--config.join.weights=({weights})"
         done = command("--mode=evaluate", f"--workdir={folder}", *given)
         assert done.refused(remedy) if remedy else done.code == 0
+
+
+def test_blend_of_a_run_and_its_copy_has_the_probabilities_of_the_run(
+    nearest_run, official_data, say, tmp_path
+):
+    runs, out = (nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")), tmp_path / "out"
+    say("--mode=evaluate", f"--workdir={out}", f"--runs={runs[0]},{runs[1]}")
+    check_ranking(out / "ranking.txt", runs, lambda _: official_data, weights=(1.0, 1.0))
+    scores = vidjax.restore(out).scores(official_data, split="test")
+    expected = probabilities(nearest_run, lambda _: official_data, "test")
+    np.testing.assert_allclose(np.exp(scores), [*expected.values()], rtol=1e-5)

@@ -385,7 +385,7 @@ def restore(
     numbers, paths = blend.read_numbers(folder, config), folder.list_runs()
     if config.join.learned and not numbers:
         raise blend.make_missing_error(folder, (*config.data.train_splits, config.eval.split)[-1])
-    runs = tuple(restore_run(path, step=step, num_devices=num_devices) for path in paths)
+    runs = tuple(_restore(path, blend.run_config(config, path), step, num_devices) for path in paths)
     return JointPredictor(
         workdir=folder.path,
         results=_read_results(folder, None),
@@ -410,21 +410,25 @@ def restore_run(
     warning. The folder of the run is not changed. Compiled programs are cached on the disk. Raises
     UserError for a blend of runs.
     """
-    check_choice("step", step, ("latest", "best"))
     folder = RunFolder(workdir)
-    workdir, config = folder.path, folder.config
     if paths := folder.list_runs():
         raise UserError(
-            f"'{workdir}' is a blend of other runs, so it has no weights\n"
+            f"'{folder.path}' is a blend of other runs, so it has no weights\n"
             f"name one of these runs: {', '.join(map(str, paths))}"
         )
+    return _restore(folder.path, folder.config, step, num_devices)
+
+
+def _restore(path: Path, config: Config, step: str, num_devices: int | None) -> Predictor:
+    """Restores the run in the folder `path`, which is not a blend. `config` decides its scores."""
+    check_choice("step", step, ("latest", "best"))
     config.eval.checkpoint = step
     programs.cache_programs(files.cache_root())
-    mesh = devices.make_mesh(num_devices)
+    folder, mesh = RunFolder(path), devices.make_mesh(num_devices)
     run = trained_runs.find_run(config, folder)
     model = trained_runs.load_model(config, run, mesh)
     return Predictor(
-        workdir=workdir,
+        workdir=folder.path,
         step=run.manifest["step"],
         manifest=run.manifest,
         results=_read_results(folder, run.manifest["step"]),
