@@ -119,7 +119,6 @@ def test_exported_scores_are_the_mean_of_the_members(monkeypatch, logs):
     np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
     nearest_run, tmp_path, export, monkeypatch
 ):
@@ -144,7 +143,6 @@ def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
     assert "choose --format=safetensors or --format=numpy" in export(people, "mine", code=2)
 
 
-@pytest.mark.slow
 def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     for changed, value, name, words in (
         (f"{function.__name__}.LARGEST", 1000, "stablehlo", "choose --format=safetensors"),  # bytes

@@ -22,7 +22,7 @@ from vidjax.evaluation import eval_step, predict
 from vidjax.models.build_system import TaskSpec, make_model
 from vidjax.runs import checkpoint, config as config_lib, config_io, members_file
 from vidjax.runs.run_folder import RunFolder
-from vidjax.training import plan as plan_lib
+from vidjax.training import plan as plan_lib, public
 from vidjax.utils import files
 
 COPIES = ("identities.json", "members.npz")
@@ -95,6 +95,16 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
     for name in ("ranking.txt", "identities.json"):
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
     assert RunFolder(folder).metrics()["map"] == RunFolder(nearest_run).metrics()["map"] > 0
+
+
+def test_a_run_that_was_killed_before_its_end_is_completed(nearest_run, data, tmp_path):
+    folder = RunFolder(shutil.copytree(nearest_run, tmp_path / "run"))
+    before = folder.metrics()
+    for finished in (True, False):
+        folder.write_metrics({**before, "finished": finished})
+        results, was_finished = public.train_run(folder.config, folder, data)
+        assert was_finished == finished and results["map"] == before["map"]
+    assert RunFolder(folder.path).metrics()["finished"]
 
 
 def restored(folder):

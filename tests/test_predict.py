@@ -57,7 +57,7 @@ def test_restore_errors_name_the_cause(restored, data, tmp_path):
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
-    refused(lambda: predict.restore_run(tmp_path), "is a blend of other runs")
+    refused(lambda: predict.restore_run(tmp_path), "is a blend of runs", "runs/a", "runs/b")
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore_run(tmp_path)

@@ -289,10 +289,7 @@ def run_config(config: Config, path: Path) -> Config:
     run = RunFolder(path)
     own = run.config
     if config_lib.is_blend(own):
-        raise UserError(
-            f"--runs: '{path}' is a blend of runs, not a trained run\n"
-            f"name the runs that it blends: {','.join(map(str, run.list_runs()))}"
-        )
+        raise run.make_blend_error()
     if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"
     for field in ("split", "block_size"):

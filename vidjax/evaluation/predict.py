@@ -87,11 +87,7 @@ class Ranker:
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
         """Raises UserError: a blend of runs has no vectors. `Predictor` overrides this method."""
-        paths = ", ".join(map(str, RunFolder(self.workdir).list_runs()))
-        raise UserError(
-            f"'{self.workdir}' is a blend of runs, which has no embeddings\n"
-            f"name one of these runs: {paths}"
-        )
+        raise RunFolder(self.workdir).make_blend_error()
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
         """Yields the scores of the clips of a request, in blocks of clips."""
@@ -385,7 +381,8 @@ def restore(
     numbers, paths = blend.read_numbers(folder, config), folder.list_runs()
     if config.join.learned and not numbers:
         raise blend.make_missing_error(folder, (*config.data.train_splits, config.eval.split)[-1])
-    runs = tuple(_restore(path, blend.run_config(config, path), step, num_devices) for path in paths)
+    configs = [blend.run_config(config, path) for path in paths]
+    runs = tuple(_restore(*one, step, num_devices) for one in zip(paths, configs, strict=True))
     return JointPredictor(
         workdir=folder.path,
         results=_read_results(folder, None),
@@ -411,11 +408,8 @@ def restore_run(
     UserError for a blend of runs.
     """
     folder = RunFolder(workdir)
-    if paths := folder.list_runs():
-        raise UserError(
-            f"'{folder.path}' is a blend of other runs, so it has no weights\n"
-            f"name one of these runs: {', '.join(map(str, paths))}"
-        )
+    if folder.list_runs():
+        raise folder.make_blend_error()
     return _restore(folder.path, folder.config, step, num_devices)
 
 

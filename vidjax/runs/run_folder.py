@@ -98,6 +98,13 @@ class RunFolder:
         is_final = final and finals and all(map(files.exists, finals))
         return finals if is_final else [self.path / name for name in names]
 
+    def make_blend_error(self) -> UserError:
+        """Returns the error for a blend of runs in a place where only a trained run is possible."""
+        return UserError(
+            f"'{self.path}' is a blend of runs, so it has no weights and no embeddings\n"
+            f"name its runs instead: {', '.join(map(str, self.list_runs()))}"
+        )
+
     def other_metrics(self) -> dict[str, dict[str, Any]]:
         """Returns split -> content of `metrics_<split>.json`, for every such file in the folder."""
         names = (path.stem.removeprefix("metrics_") for path in self.path.glob("metrics_*.json"))
