@@ -11,7 +11,6 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import films, made_nets
 from tests.helpers.batches import assert_equal
-from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, results, voices
@@ -122,7 +121,7 @@ def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     assert np.diff(number).max() < 25, "between two kept faces, where 300 / 32 frames are the mean"
 
 
-@nightly_after_first("degrees", [90, 0])
+@pytest.mark.parametrize("degrees", [90, 0])
 def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path, drawn, degrees):
     """Boxes are fractions of the displayed picture of 128 x 96 pixels."""
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
@@ -140,7 +139,7 @@ def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path
 
 
 @pytest.mark.usefixtures("read_here")
-@nightly_after_first("ending", [".mp4", ".ts"])
+@pytest.mark.parametrize("ending", [".mp4", ".ts"])
 def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
     """The unused stream is a second camera. A cover picture gives no warning."""
     single, both = tmp_path / f"single{ending}", tmp_path / f"of both{ending}"

@@ -394,7 +394,7 @@ def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(count, dark, bright):
     assert find_cuts(filmed(rng, *parts)) == np.cumsum(lengths)[:-1].tolist()
 
 
-@nightly_after_first("steps", [15, 6, 40])
+@pytest.mark.parametrize("steps", [15, 6, 40])
 def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     rng = np.random.default_rng(0)
     first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
@@ -407,7 +407,7 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     assert find_cuts(filmed(rng, black, first)) == [len(black)]
 
 
-@nightly_after_first("steps", [15, 8, 25])
+@pytest.mark.parametrize("steps", [15, 8, 25])
 def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     rng, detector = np.random.default_rng(0), shots.ShotDetector()
     first, second = (shot(rng, "still", 1, bright) for bright in (0.8, 0.6))

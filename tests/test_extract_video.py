@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen, xmp
-from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
 from vidjax.apps.video import decode, photos, regions
 
@@ -62,7 +61,7 @@ def film(tmp_path):
     return tmp_path / "film.mkv"
 
 
-@nightly_after_first("ending, codec", CODECS.items(), 2)
+@pytest.mark.parametrize(("ending", "codec"), CODECS.items())
 def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, codec):
     films.write(tmp_path / f"a.{ending}", [corner()] * 30, codec)
     frames, video = read(tmp_path / f"a.{ending}")
@@ -97,7 +96,7 @@ def test_pictures_are_turned_upright_and_stretched_to_their_aspect(tmp_path, opt
     assert red_corners(frame.rgb) == [place]
 
 
-@nightly_after_first("ending, orientation", PHOTOS, 2)
+@pytest.mark.parametrize(("ending", "orientation"), PHOTOS)
 def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, ending, orientation):
     """The photos have colour profiles, as cameras and editors write them."""
     pytest.importorskip("pillow_heif").register_heif_opener()
@@ -439,7 +438,7 @@ def tagged_photo(kind, packet):
     return file.getvalue()
 
 
-@nightly_after_first("kind", ["jpeg", "png", "tiff", "webp", "heif"], 2)
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp", "heif"])
 def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
     assert boxes(tags_of(tagged_photo(kind, MWG))) == TAGS
     assert tags_of(tagged_photo(kind, xmp.packet(""))).tags == []
