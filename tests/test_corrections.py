@@ -288,8 +288,10 @@ def test_change_whose_names_cannot_be_decided_changes_nothing(shelf, monkeypatch
     for change in (("name", [shelf.people()[0]], "Zoe"), ("name", ["Ada"], "Eva")):
         monkeypatch.setattr(corrections, "decide", fail_once)
         refused(lambda change=change: shelf.page.change(*change), "no names")
-        assert people.identities == contents and said.read(shelf.out) == lines
+        assert Gallery(people.folder).identities == contents and said.read(shelf.out) == lines
         assert shelf.names() == before == shelf.later()
+    shelf.page.change("name", ["Ada"], "Eva")
+    assert Gallery(people.folder).clips["of no film"].identity == "Eva"
 
 
 def test_undo_keeps_what_another_program_has_changed(shelf):
