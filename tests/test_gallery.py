@@ -202,16 +202,17 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     people = make(tmp_path / "g")
     of_ada = {f"film.s00{shot}.t00": make_clip(900 + shot, "Ada") for shot in range(3)}
     of_bob = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
-    people.enrol(vectors_of(people, of_ada | of_bob))
-    assert "for Ada: the clips of each person are from one film" in capsys.readouterr().err
+    more = {f"old.s00{n}.t00": make_clip(910 + n, f"Eve {n % 3}") for n in range(6)}
+    people.enrol(vectors_of(people, of_ada | of_bob | more))
+    words = "for Ada, Eve 0, Eve 1, ...: the clips of each person are from one film"
+    assert words in capsys.readouterr().err
     assert people.identities["Ada"] == 3  # clips
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
-    films_and_photos = people.index.counts[:, columns].max(axis=0)  # of faces or voices
-    assert films_and_photos.tolist() == [1, 2]  # Bob: the film and a photo
+    counts = people.index.counts[:, columns].max(axis=0)  # of faces or voices
+    assert counts.tolist() == [1, 2]  # Bob: the film and a photo
     # Ada is enrolled like a person with one clip, whose vector is the mean of the 3 clips.
-    mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
-    mean_clip = StoredClip("Ada", mean.astype(np.float32))
-    (expected,) = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
+    mean = np.mean([x.vector for x in of_ada.values()], axis=0, dtype=float).astype(np.float32)
+    (expected,) = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
     for coefficients, (wanted,) in zip(block.linear, expected.linear, strict=True):
         np.testing.assert_array_equal(coefficients[block.names.index("Ada")], wanted)

@@ -50,8 +50,7 @@ def log_probabilities(photos, clips):
 def models(tmp_path):
     """A folder with a net of faces, whose card has the cosines of dlib."""
     (tmp_path / "models").mkdir()
-    made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=CARD)
-    return tmp_path / "models"
+    return made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=CARD).parent
 
 
 @pytest.fixture
@@ -202,8 +201,7 @@ def test_added_nets_complete_clips_and_replaced_nets_remove_them(tmp_path, galle
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
     clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
-    completed = labelling.complete(gallery, gallery.embed(clips))
-    assert completed == {"ada 1"}  # the only enrolled clip with the same face
+    assert labelling.complete(gallery, gallery.embed(clips)) == {"ada 1"}  # has the same face
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
     (new := tmp_path / "new").mkdir()
     made_nets.write(new, "embed", width=7, back_end=made_nets.back_end(width=7))
@@ -222,8 +220,7 @@ def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery
         gallery.enrol(faces(name.lower(), vectors), name)
     gallery.relabel("eve3", None)
     turned = np.roll(np.eye(WIDTH, dtype=np.float32), 1, axis=0)  # another net
-    new = tmp_path / "new models"
-    new.mkdir()
+    (new := tmp_path / "new models").mkdir()
     made_nets.write(new, "embed", width=WIDTH, back_end=CARD, notes="another net")
     to, features = Gallery.of_models(tmp_path / "to", new), tmp_path / "turned"
     for folder, clips in (("turned", faces("ada", ada[:3])), ("rest", faces("eve", eve))):
@@ -265,8 +262,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     assert "\n  unknown     1 person in 5 clips" in output
     counts = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
     assert (counts["clips"], counts["people"], counts["unknown"]) == (11, 1, 5)  # one clip is empty
-    grouped = read_groups(groups, unknown=True)  # without Ada, who is known
-    assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
+    assert read_groups(groups, unknown=True) == {f"bob{n}": "unknown 1" for n in range(5)}  # no Ada
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
     say("gallery", "enrol", *words, f"--labels={groups}")
     assert Gallery(gallery.folder).identities == {"Ada": 1, "Bob": 5}
@@ -357,11 +353,11 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     ada, eve = draw(5, people=2, clips=8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = faces("a", ada[1:]) | faces("e", eve[1:])  # a0 to a6, e0 to e6
-    vectors = gallery.embed(clips)
+    vectors = gallery.embed(clips, advance=(counts := list[int]()).append)
     refused(lambda: gallery.embed(clips, "val"), "leave it out")  # `val` is a split of a dataset
     groups = gallery.group(clips)
     assert groups == gallery.group(vectors)
-    assert len(groups) == 14 and len({*groups.values()}) == 2
+    assert len(groups) == 14 == sum(counts) and len({*groups.values()}) == 2
     answers = gallery.identify(vectors, groups=groups)
     assert [answers[clip].identity for clip in groups] == ["Ada"] * 7 + [None] * 7
     # The probability is the lower of two: for the group, and for only this clip.
@@ -592,6 +588,9 @@ def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
             groups = gallery.group(pair(angle) | others, for_votes=votes)
             assert (groups["a"] == groups["b"]) == (count + 2 < 5 * odds)
             assert len({*groups.values()}) == count + (1 if count + 2 < 5 * odds else 2)
+    for settled in ((), (1,), (1, 2)):  # two settled numbers are never one person
+        groups = gallery.group(pair(angle), together={"a": 1, "b": 2}, settled=settled)
+        assert (groups["a"] == groups["b"]) == (settled != (1, 2))
 
 
 def test_grouping_makes_one_group_per_person(monkeypatch):
@@ -631,19 +630,16 @@ def test_unclear_faces_of_different_people_are_not_grouped():
 
 def test_groups_of_photos_are_compared_as_by_an_oracle():
     """The squared distance of two means has a gamma distribution, for one person or for two."""
-    photos = draw(5, people=4, clips=6).astype(float)
-    owner = np.repeat(np.arange(4), (1, 2, 3, 6))
-    rows = np.concatenate([photos[n, :k] for n, k in enumerate((1, 2, 3, 6))])
+    drawn, owner = draw(5, people=4, clips=6).astype(float), np.repeat(np.arange(4), (1, 2, 3, 6))
+    photos = [x[:k] for x, k in zip(drawn, (1, 2, 3, 6), strict=True)]
     clarity, d = np.array([1, 0.4, 0.5, 0.3]), BACKEND.parts[0].distances
     assert d
-    groups = ratios.of_sums(BACKEND, [backend.sum_by_owner(rows, owner, 4)], clarity)
+    sums = backend.sum_by_owner(np.concatenate(photos), owner, 4)
+    groups = ratios.of_sums(BACKEND, [sums], clarity)
     found, shared = ratios.compare(BACKEND, groups.across(), groups)
     assert shared.all()
-    means = [photos[n, :k].mean(0) for n, k in enumerate((1, 2, 3, 6))]
-    noise = [
-        1 / card_backend.effective_count(d, np.array(k), np.array(x @ x))
-        for k, x in zip((1, 2, 3, 6), means, strict=True)
-    ]
+    means, counts = [x.mean(0) for x in photos], np.array([1, 2, 3, 6])
+    noise = 1 / card_backend.effective_count(d, counts, np.array([x @ x for x in means]))
     for i, j in ((0, 1), (1, 2), (2, 3), (3, 0)):
         square, one = np.sum((means[i] - means[j]) ** 2), d.within * (noise[i] + noise[j])
         limits = (d.same, one), (d.different, one + 2 * d.between * max(clarity[i], clarity[j]))

@@ -89,13 +89,15 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say, monkeypat
 ])  # fmt: skip
 def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other, tmp_path):
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})
-    with pytest.warns(UserWarning, match="looks like") as caught:
+    with pytest.warns(UserWarning, match="looks like .* another person\n") as caught:
         done = gallery.enrol(vectors_of(gallery, {"y": make_clip(2, None)}), other)
     new, message = names.clean_identity(other), str(caught[0].message)
     assert done.similar == {new: name} and name in message and new in message
     words = shlex.split(message.partition("the same: ")[2])
     assert words[0] == "vidjax" and program.main(words[1:]) == 0  # merges them
     assert Gallery(gallery.folder).identities == {name: 2}
+    with pytest.warns(UserWarning, match=r"another person \(similar names: 2\)\n"):
+        make(tmp_path / "b", {x: make_clip(1, x) for x in (name, new, name.lower())})
 
 
 FOREIGN = ("Who?", 'A: "B"*', "CON", "com1.x", "Ada.", ".Eve", "a/b", "50%", "%41da", "Zo\u00eb")

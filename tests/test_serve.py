@@ -31,7 +31,7 @@ from tests.helpers.seen import refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import VectorOrigin
+from vidjax.apps.gallery.store import JOURNAL_FILE, VectorOrigin
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Refused, ServerMetrics
@@ -259,8 +259,7 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
             assert re.search(f'vidjax_request_seconds_count{{route="{route}"}} [1-9]', metrics)
         assert "Zo" not in metrics
         # The server sees changes by another process.
-        other = Gallery(folder)
-        other.enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
+        (other := Gallery(folder)).enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
         assert query("Yan")[1]
         other.remove(identity="Yan")
         assert not query("Yan")[1]
@@ -507,6 +506,7 @@ def test_server_may_open_as_many_files_as_the_system_allows(people):
     try:
         with servers.served(people.folder) as server:
             assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+            assert server.end() == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
@@ -532,7 +532,9 @@ def test_limits_are_read_from_flags_and_variables(people, say, monkeypatch):
     monkeypatch.setenv("VIDJAX_SERVE_CLIPS", "7")
     monkeypatch.setenv("VIDJAX_SERVE_FRAMES", "8")
     monkeypatch.setenv("VIDJAX_SERVE_PORT", "tcp://10.0.0.1")  # as Kubernetes sets it
+    (journal := people.folder / JOURNAL_FILE).write_bytes(bytes(512))  # of a killed process
     say("serve", f"--gallery={people.folder}", "--port=0", "--frames=9", "--answer-seconds=2.5")
+    assert not journal.exists()
     ((app, _, limits, leaving),) = served
     assert limits == Limits(clips=7, frames=9, answer_seconds=2.5) and app.leaving is leaving
     for flag, words in {
@@ -554,10 +556,12 @@ def test_help_server_and_page_list_every_limit(inside, capsys):
     with pytest.raises(SystemExit):
         program.main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    shown = inside.ask("GET", "/openapi.json")[1]["info"]["x-limits"]
+    shown = inside.ask("GET", "/openapi.json")[1]
+    (of_path,) = shown["paths"]["/clips/{name}"]["delete"]["parameters"]
+    assert of_path == {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     page = docs.SERVER.read_text()
     assert docs.update_limits(page) == page
-    assert shown == {name: getattr(SMALL, name) for name in LIMITS}
+    assert shown["info"]["x-limits"] == {name: getattr(SMALL, name) for name in LIMITS}
     for limit in LIMITS.values():
         assert f"{limit.flag} N {limit.meta.description} (default: {limit.text})" in text
 
@@ -603,8 +607,10 @@ def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch
     monkeypatch.setattr(Inside, "wait", lambda server: None)  # does not wait until it is ready
     with Inside(people) as server:
         assert server.ask("GET", web.LIVE)[0] == 200
-        for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
-            status, answer = server.ask("GET", path)
+        given = {"clips": servers.as_json(CLIPS)}
+        gets = (("GET", x) for x in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"))
+        for asked in (*gets, ("POST", "/identify", given), ("DELETE", "/identities/nobody")):
+            status, answer = server.ask(*asked)
             assert status == 503 and "compiles" in answer["error"]
         compiled.set()
 
@@ -638,8 +644,10 @@ def test_removal_is_answered_after_earlier_answers_have_ended(folder, monkeypatc
 def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
     with Inside(Gallery(folder)) as server:
         bodies = server.app._bodies
-        bodies._held = bodies._limits.held_bytes
-        assert server.ask("GET", "/identities")[0] == 429
+        given = {"clips": [{"clip": "q", "face": [[1] * 8] * 900}]}  # 24 kB; its arrays 58 kB
+        for free, *asked in ((50_000, "POST", "/identify", given), (0, "GET", "/identities")):
+            bodies._held = bodies._limits.held_bytes - free
+            assert server.ask(*asked)[0] == 429
         assert [server.ask("DELETE", "/identities/person%200")[0] for _ in range(2)] == [200, 404]
         bodies._held = 0
 

@@ -43,11 +43,8 @@ def copied(people, tmp_path):
 def assert_equal(found, wanted):
     """Asserts that comparisons are equal to 1e-6."""
     assert found.keys() == wanted.keys()
-    for key in found:
-        one, other = (
-            [*x[:3], *x.evidence, *(x.best or ()), *(x.worst or ())]
-            for x in (found[key], wanted[key])
-        )
+    for key, pair in {key: (found[key], wanted[key]) for key in found}.items():
+        one, other = ([*x[:3], *x.evidence, *(x.best or ()), *(x.worst or ())] for x in pair)
         assert one == [pytest.approx(value, abs=1e-6) for value in other], key
 
 
@@ -130,10 +127,8 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied, mo
     rule = copied.match_rule("person 3", fmr=0.02)
     assert sum(match.accepted for match in matches.values()) == 1
     limit = rule.threshold
-    assert (rule.by, limit.num_alarms, limit.num_strangers) == ("measured", 1, 120)
-    low, high = limit.interval
-    wanted = scipy.stats.beta(2, 119).ppf([0.025, 0.975])
-    assert [low, high] == pytest.approx(wanted, rel=1e-6)
+    assert (rule.by, *limit[2:]) == ("measured", 1, 120, 1)  # people, strangers, alarms
+    assert limit.interval == pytest.approx(scipy.stats.beta(2, 119).ppf([0.025, 0.975]), rel=1e-6)
     assert copied.match_rule("person 3").fmr == 0.01
     pairs = copied.match_rule(fmr=0.02)
     assert (pairs.by, pairs.threshold.num_strangers) == ("measured", 60)
@@ -289,8 +284,7 @@ def test_command_prints_and_writes_the_answers_of_python(say, tmp_path):
         assert written == [*map(as_row, rows)]
         assert tell(tmp_path / "g", given, *flags, "--json")["answers"] == rows
     tell(tmp_path / "g", given, *words, f"--out={tmp_path}/identity.jsonl")
-    lines = map(json.loads, (tmp_path / "identity.jsonl").read_text().splitlines())
-    assert [*lines] == of_person
+    assert [*map(json.loads, (tmp_path / "identity.jsonl").read_text().splitlines())] == of_person
     found, printed = (tell(tmp_path / "g", given, *words, *more) for more in (["--json"], []))
     assert "wrong: unlike the other clips of the person" in printed
     assert [*found["misfits"]] == ["wrong"] and found["answers"][0]["worst"]["clip"] == "wrong"

@@ -159,7 +159,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     most = max(MOST_PAIRS // max(len(index.names), 1), 1)
     if len(owned) > most:
         say(f"to save time, only {most:,} of {len(owned):,} clips were checked for wrong names")
-    if card_notes.compare(state).problem == "blind" or len(index.names) < 2:
+    if card_notes.compare(state).problem == "blind":
         return {}
     vectors = stack_vectors(owned[:most], clips, sum(index.backend.widths.values()))
     for name, found in zip(owned, index.nearest(index.backend.split(vectors), 2), strict=False):
