@@ -53,7 +53,6 @@ def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
         for spread, truth in ((found.same, CARD.same), (found.different, CARD.different)):
             covered.append(spread.mean_interval[0] < truth[0] < spread.mean_interval[1])
     assert 0.88 <= np.mean(covered) <= 1
-
     # Copies of the photos of a person change nothing but the number of pairs, and people with one
     # photo are left out.
     rows = card_measure.choose_clips(np.array([7, 3, 7, 1, 3, 3]))
@@ -61,8 +60,7 @@ def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
     x, owner = x[:12], np.repeat(np.arange(3), 4)
     again = np.concatenate([np.repeat(x[:4], 20, axis=0), x[4:]])
     many = card_measure.measure(again, np.repeat(np.arange(3), (80, 4, 4)))
-    cosine = x @ x.T
-    inside = owner[:, None] == owner
+    cosine, inside = x @ x.T, owner[:, None] == owner
     assert many.different.mean == pytest.approx(cosine[~inside].mean(), abs=1e-6)
     values = [cosine[i, j] for i in range(12) for j in range(12) if inside[i, j] and i != j]
     once = card_measure.measure(x, owner)
@@ -76,8 +74,7 @@ def test_equal_error_rate_is_the_rate_at_which_both_errors_are_equal():
     owner = np.repeat(np.arange(40), 2)
     cosine, same = x @ x.T, owner[:, None] == owner
     np.fill_diagonal(same, False)
-    others = owner[:, None] != owner
-    limits = np.unique(cosine)
+    others, limits = owner[:, None] != owner, np.unique(cosine)
     missed = np.searchsorted(np.sort(cosine[same]), limits) / same.sum()
     alarms = 1 - np.searchsorted(np.sort(cosine[others]), limits) / others.sum()
     wanted = np.maximum(missed, alarms).min()
@@ -126,23 +123,19 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
     _, _, _, mean, low, _, high, *_ = line.split()
     assert 0.55 < float(low) <= float(mean) <= float(high) < 0.65
-
     card, text = cards.load(models)["face_embedder"], (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
     fit = card.back_end
-    assert fit
-    assert fit.same == pytest.approx((0.9, 0.03), abs=0.01)
+    assert fit and fit.same == pytest.approx((0.9, 0.03), abs=0.01)
     assert fit.different == pytest.approx((0.6, 0.06), abs=0.02)
     assert fit.pairs == (24 * 6, 276 * 16) and "96 clips of 24 people" in fit.data
     assert fit.mean is not None and np.linalg.norm(fit.mean) ** 2 == pytest.approx(0.6, abs=0.05)
-
     # Commands that read the gallery change no byte, and mention the new numbers.
     content = {path: path.read_bytes() for path in gallery.folder.iterdir()}
     for words in (("identify", given), ("verify", given, "--identity=A"), ("list",)):
         read = command("gallery", words[0], gallery.folder, *words[1:])
         assert read.code == 0 and ("has newer numbers" in read.out) == (words[0] != "list")
         assert {path: path.read_bytes() for path in gallery.folder.iterdir()} == content, words
-
     # The gallery says once that it has new numbers, and then answers as a new gallery.
     words = ["measure-card", models, f"--gallery={gallery.folder}"]
     assert command(*words).err.count("uses the new numbers") == 1
@@ -153,7 +146,6 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     other.enrol(enrolled, names)
     query = {"q": {"face": photos[0, 1:2]}}
     assert gallery.identify(query) == other.identify(query)
-
     # Fewer than 20 people leave the mean as it is.
     few = write_features(tmp_path / "few", photos[:5])
     assert command("measure-card", models, f"--input={few}").code == 0
@@ -177,14 +169,16 @@ def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, comm
 
 
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
-    before = (models / "embed.json").read_bytes()
-    made = Population(1)
+    before, made = (models / "embed.json").read_bytes(), Population(1)
     photos = made.photos(made.people(6), 2).astype(np.float32)
     few = write_features(tmp_path / "few", [*photos[:4], photos[4, :1], photos[5, [0, 0]]])
     mixed = write_features(tmp_path / "mixed", photos.transpose(1, 0, 2).reshape(6, 2, -1))
     single = write_features(tmp_path / "single", photos[:, :1])
+    nets = json.dumps({"models": {"face_embedder": "0" * 64}, "settings": {}})
+    (write_features(other := tmp_path / "other", photos) / "p00/extract.json").write_text(nets)
     for folder, words in (
-        (few, "4 people"), (single, "no person has two usable clips"), (mixed, "does not separate")
+        (few, "4 people"), (single, "no person has two usable clips"), (mixed, "does not separate"),
+        (other, "not from the model"),
     ):  # fmt: skip
         done = command("measure-card", models, f"--input={folder}")
         assert done.code == 2 and words in done.err, done.err
@@ -276,7 +270,6 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     drawn.who(group := drawn.group())
     page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
     assert page.read_text().count(command) == 1
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     digest = cards.read(path).digest
@@ -298,7 +291,6 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     assert low < measured["different"]["mean"] < high and low < 0  # cosines may be negative
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
-
     _, output = drawn.who(group)
     assert "uses the new numbers" in output and "as before" in output  # it is not read again
     assert command not in page.read_text()
@@ -381,8 +373,7 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     for path, faces in zip(photos, shown, strict=True):
         drawn_people.write_photo(path, *faces)
     drawn.befriend("Ada")
-    output = drawn.who(*photos).output
-    why = card_notes.NOBODY if net == "far" else card_notes.FEW
+    output, why = drawn.who(*photos).output, card_notes.NOBODY if net == "far" else card_notes.FEW
     page = (drawn.out / "names.html").read_text()
     assert ("Ada" in drawn.names().values()) == is_named, output
     assert output.count(why) == page.count(why) == (not is_named)
@@ -391,7 +382,6 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     again = Review(drawn.out, first)._decide([], first.films, first)
     assert again.appearances == first.appearances and again.card == first.card
     assert [x.identity for x in first.appearances] == [row["identity"] for row in drawn.rows()]
-
     # A gallery decides in the same way.
     gallery = drawn.folder / "gallery"
     Gallery.of_models(gallery, drawn.models)
