@@ -291,10 +291,13 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
 
 def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
     # In a .tsv file, the ' prevents a formula.
-    texts = {".tsv": "\t0.333\t0.667\t'=cmd()\t", ".jsonl": '"start": 0.333, "end": 0.667'}
-    for ending, text in texts.items():
-        subtitles.write(tmp_path / f"a{ending}", [appearance(1 / 3, 2 / 3, "=cmd()")], [film()])
-        assert text in (tmp_path / f"a{ending}").read_text()
+    texts = {
+        "a.tsv": "\t0.333\t0.667\t'=cmd()\t0.3333\t",
+        "a.jsonl": '"start": 0.333, "end": 0.667',
+    }
+    for name, text in texts.items():
+        subtitles.write(tmp_path / name, [appearance(1 / 3, 2 / 3, "=cmd()", 1 / 3)], [film()])
+        assert text in (tmp_path / name).read_text()
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
     names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
     names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}
@@ -360,8 +363,7 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     vectors = gallery.embed(clips)
     refused(lambda: gallery.embed(clips, "val"), "leave it out")  # `val` is a split of a dataset
     groups = gallery.group(clips)
-    assert groups == gallery.group(vectors)
-    assert len(groups) == 14 and len({*groups.values()}) == 2
+    assert groups == gallery.group(vectors) and len(groups) == 14 and len({*groups.values()}) == 2
     answers = gallery.identify(vectors, groups=groups)
     assert [answers[clip].identity for clip in groups] == ["Ada"] * 7 + [None] * 7
     # The probability is the lower of two: for the group, and for only this clip.
@@ -631,8 +633,7 @@ def test_unclear_faces_of_different_people_are_not_grouped():
 
 def test_groups_of_photos_are_compared_as_by_an_oracle():
     """The squared distance of two means has a gamma distribution, for one person or for two."""
-    photos = draw(5, people=4, clips=6).astype(float)
-    owner = np.repeat(np.arange(4), (1, 2, 3, 6))
+    photos, owner = draw(5, people=4, clips=6).astype(float), np.repeat(np.arange(4), (1, 2, 3, 6))
     rows = np.concatenate([photos[n, :k] for n, k in enumerate((1, 2, 3, 6))])
     clarity, d = np.array([1, 0.4, 0.5, 0.3]), BACKEND.parts[0].distances
     assert d
