@@ -19,7 +19,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import films, made_nets, made_shelf
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.drawn_people import extract, write_film
+from tests.helpers.drawn_people import extract
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
@@ -90,8 +90,7 @@ def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
     (new,) = {shelf.names()[clip] for clip in wrong}
     assert new not in (one, two, three) and {shelf.names()[clip] for clip in rest} == {one}
     shelf.page.change("name", [two], three)  # joins two people, who look different
-    both = shelf.clips(min(two, three))
-    before = shelf.names()
+    both, before = shelf.clips(min(two, three)), shelf.names()
     assert shelf.later() == before, "the same names in the next call"
     show()
     after = shelf.later()
@@ -102,8 +101,7 @@ def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
     shelf.open()
     shelf.page.change("name", [one], "Zoe")
     assert {shelf.names()[clip] for clip in rest} == {"Zoe"}
-    assert "Zoe" not in {shelf.names()[clip] for clip in wrong}
-    assert shelf.later() == shelf.names()
+    assert "Zoe" not in {shelf.names()[clip] for clip in wrong} and shelf.later() == shelf.names()
 
 
 def test_many_people_and_faces_are_changed_in_one_step(shelf):
@@ -399,8 +397,8 @@ def turn_faces(drawn, turns):
 def test_films_that_are_upside_down_or_too_dark_are_reported(drawn, read_here):
     turn_faces(drawn, 2)
     evening, night = drawn.folder / "evening.mkv", drawn.folder / "night.mkv"
-    write_film(evening, (1, 20, []))
-    films.write(night, [np.full((96, 128, 3), 3, np.uint8)] * 10, "ffv1", 10)
+    for path, level in ((evening, 7), (night, 4)):  # of 255
+        films.write(path, [np.full((96, 128, 3), level, np.uint8)] * 10, "ffv1", 10)
     drawn.befriend("Ada")
     _, output = drawn.who(drawn.film(), evening, night)
     assert "films that are too dark to find faces: 1, such as night.mkv" in output

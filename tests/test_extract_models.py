@@ -42,13 +42,11 @@ def test_centerface_decoder_follows_its_paper():
     heat = rng(1).uniform(size=shape).astype(np.float32)
     scale, offset = (rng(seed).normal(size=(2, *shape)).astype(np.float32) for seed in (2, 3))
     marks = rng(4).normal(size=(10, *shape)).astype(np.float32)
-
     cells = np.argwhere(heat > nets.WEAK_SCORE).T  # [row or column, N]
     at = np.s_[:, cells[0], cells[1]]
     size = 4 * np.exp(scale[at].astype(float))  # all pairs are (y, x)
     corner = 4 * (cells + offset[at] + 0.5) - size / 2
     points = corner + marks[at].reshape(5, 2, -1) * size  # a mark of 1 is a whole side
-
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     faces = nets.decode_centerface(outputs, width=0)  # uses neither names nor the width
     boxes = np.concatenate([corner[::-1], (corner + size)[::-1]]).T
@@ -87,7 +85,6 @@ def test_resize_averages_blocks_and_then_has_a_linear_filter(size):
         apart = np.abs(middles[:, None] - np.arange(len(starts))) / max(length / new, 1)
         weights = np.maximum(1 - apart, 0)
         expected = np.moveaxis(means @ (weights / weights.sum(1, keepdims=True)).T, -1, axis)
-
     resized = nets.resize(image, *size)
     assert resized.dtype == np.uint8
     np.testing.assert_allclose(resized, expected, atol=1.51)  # rounded three times
@@ -134,9 +131,10 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     """A formula makes an image. A card has four numbers of the net's answer to this image."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
-    vector = image @ made_nets.WEIGHTS.astype(float)
-    card = cards.read(made_nets.write(tmp_path))
-    answer = nets.Net(card).answer_formula(7)
+    vector, card = image @ made_nets.WEIGHTS.astype(float), cards.read(made_nets.write(tmp_path))
+    threads, net = {*os.listdir("/proc/self/task")}, nets.Net(card)
+    assert {*os.listdir("/proc/self/task")} <= threads, "a net starts no thread"
+    answer = net.answer_formula(7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
     # The net is accepted. If a wrong card changes the pixels, the answer differs by over 0.01.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
@@ -246,8 +244,7 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
     mels = voices.make_mels(samples)
     assert mels.shape == (1, 10, 40) and mels.dtype == np.float32
     # A frame is a Hann window of 400 samples (25 ms) around every 160th sample (10 ms).
-    i = np.arange(400)
-    padded = np.pad(samples[0].astype(float), (200, 400))
+    i, padded = np.arange(400), np.pad(samples[0].astype(float), (200, 400))
     for frame in range(10):
         windowed = padded[frame * 160 + i] * (0.5 - 0.5 * np.cos(2 * np.pi * i / 400))
         turns = np.exp(-2j * np.pi * np.outer(np.arange(201), i) / 400)

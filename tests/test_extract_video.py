@@ -77,8 +77,7 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
 def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
     """The system may refuse other threads (`ulimit -u`). Then pictures would be lost."""
     with decode.open_video(film) as video:
-        before = len(os.listdir("/proc/self/task"))
-        frames = video.frames(5)
+        before, frames = len(os.listdir("/proc/self/task")), video.frames(5)
         next(frames)
         assert len(os.listdir("/proc/self/task")) <= before
 
@@ -114,10 +113,12 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
 
 
 def test_only_orientations_from_1_to_8_are_read(tmp_path):
-    for stored in (0, 9):
-        (tmp_path / "a.jpg").write_bytes(films.photo(corner(), "mjpeg", orientation=stored))
+    for number in range(10):
+        stored = np.ascontiguousarray(xmp.STORED.get(number, xmp.STORED[1])(corner()))
+        (tmp_path / "a.jpg").write_bytes(films.photo(stored, "mjpeg", orientation=number))
         photo = photos.read_photo(tmp_path / "a.jpg")
-        assert photo and photo.orientation == 1 and red_corners(photo.rgb) == [0]
+        assert photo and photo.orientation == (number if 1 <= number <= 8 else 1)
+        assert photo.rgb.shape == (120, 160, 3) and red_corners(photo.rgb) == [0]
 
 
 def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
@@ -141,8 +142,7 @@ def test_colours_of_each_kind_of_photo_are_shown_as_in_viewers(tmp_path):
     rgb = Image.fromarray(corner())
     clear = rgb.convert("RGBA")
     clear.putalpha(Image.fromarray(np.where(corner()[..., 0] == 90, 0, 255).astype(np.uint8)))
-    deep = Image.fromarray(corner()[..., 0].astype(np.uint16) * 257)
-    palette = rgb.quantize(4)
+    deep, palette = Image.fromarray(corner()[..., 0].astype(np.uint16) * 257), rgb.quantize(4)
     # Name -> photo, options, colours of its top left corner and of the rest.
     for name, (photo, options, first, rest) in {
         "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 100}, red, grey),
@@ -199,11 +199,12 @@ def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypat
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
     refused(tmp_path / "photo.heic", "damaged photo")
-    Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
+    Image.fromarray(films.scene(1)).save(large := tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
-    refused(tmp_path / "large.heic", "pixels, more than")
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    refused(tmp_path / "large.heic", "vidjax[video]")
+    refused(large, "pixels, more than")
+    for package, needed in {"pillow_heif": "pillow-heif", "av": "av", "PIL": "PIL and av"}.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        refused(large, f"needs {needed}: install it with pip install 'vidjax[video]'")
 
 
 def test_uneven_times_from_the_first_to_the_end_of_the_last_frame_are_kept(tmp_path):
@@ -493,7 +494,6 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
         xmp.attributes([EVE], unit=' stArea:unit="pixel"'),
     ):  # fmt: skip
         assert tags_of(xmp.packet(body)).tags == []
-
     parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *box), ("A\u200eda", *box)])))
     assert [tag.name for tag in parsed.tags] == ["Zo\u00eb"]
     assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem

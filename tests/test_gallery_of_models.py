@@ -287,10 +287,13 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
 
 def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
     # In a .tsv file, the ' prevents a formula.
-    texts = {".tsv": "\t0.333\t0.667\t'=cmd()\t", ".jsonl": '"start": 0.333, "end": 0.667'}
-    for ending, text in texts.items():
-        subtitles.write(tmp_path / f"a{ending}", [appearance(1 / 3, 2 / 3, "=cmd()")], [film()])
-        assert text in (tmp_path / f"a{ending}").read_text()
+    texts = {
+        "a.tsv": "\t0.333\t0.667\t'=cmd()\t0.3333\t",
+        "a.jsonl": '"start": 0.333, "end": 0.667',
+    }
+    for name, text in texts.items():
+        subtitles.write(tmp_path / name, [appearance(1 / 3, 2 / 3, "=cmd()", 1 / 3)], [film()])
+        assert text in (tmp_path / name).read_text()
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
     names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
     names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}

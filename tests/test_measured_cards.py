@@ -52,7 +52,6 @@ def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
         for spread, truth in ((found.same, CARD.same), (found.different, CARD.different)):
             covered.append(spread.mean_interval[0] < truth[0] < spread.mean_interval[1])
     assert 0.88 <= np.mean(covered) <= 1
-
     # Copies of the photos of a person change nothing but the number of pairs, and people with one
     # photo are left out.
     rows = card_measure.choose_clips(np.array([7, 3, 7, 1, 3, 3]))
@@ -122,7 +121,6 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
     _, _, _, mean, low, _, high, *_ = line.split()
     assert 0.55 < float(low) <= float(mean) <= float(high) < 0.65
-
     card, text = cards.load(models)["face_embedder"], (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
     assert (fit := card.back_end)
@@ -130,14 +128,12 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert fit.different == pytest.approx((0.6, 0.06), abs=0.02)
     assert fit.pairs == (24 * 6, 276 * 16) and "96 clips of 24 people" in fit.data
     assert fit.mean is not None and np.linalg.norm(fit.mean) ** 2 == pytest.approx(0.6, abs=0.05)
-
     # Commands that read the gallery change no byte, and mention the new numbers.
     content = {path: path.read_bytes() for path in gallery.folder.iterdir()}
     for words in (("identify", given), ("verify", given, "--identity=A"), ("list",)):
         read = command("gallery", words[0], gallery.folder, *words[1:])
         assert read.code == 0 and ("has newer numbers" in read.out) == (words[0] != "list")
         assert {path: path.read_bytes() for path in gallery.folder.iterdir()} == content, words
-
     # The gallery says once that it has new numbers, and then answers as a new gallery.
     words = ["measure-card", models, f"--gallery={gallery.folder}"]
     assert command(*words).err.count("uses the new numbers") == 1
@@ -148,7 +144,6 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     other.enrol(enrolled, names)
     query = {"q": {"face": photos[0, 1:2]}}
     assert gallery.identify(query) == other.identify(query)
-
     # Fewer than 20 people leave the mean as it is.
     few = write_features(tmp_path / "few", photos[:5])
     assert command("measure-card", models, f"--input={few}").code == 0
@@ -177,8 +172,11 @@ def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path,
     few = write_features(tmp_path / "few", [*photos[:4], photos[4, :1], photos[5, [0, 0]]])
     mixed = write_features(tmp_path / "mixed", photos.transpose(1, 0, 2).reshape(6, 2, -1))
     single = write_features(tmp_path / "single", photos[:, :1])
+    nets = json.dumps({"models": {"face_embedder": "0" * 64}, "settings": {}})
+    (write_features(other := tmp_path / "other", photos) / "p00/extract.json").write_text(nets)
     for folder, words in (
-        (few, "4 people"), (single, "no person has two usable clips"), (mixed, "does not separate")
+        (few, "4 people"), (single, "no person has two usable clips"), (mixed, "does not separate"),
+        (other, "not from the model"),
     ):  # fmt: skip
         done = command("measure-card", models, f"--input={folder}")
         assert done.code == 2 and words in done.err, done.err
@@ -269,7 +267,6 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     drawn.who(group := drawn.group())
     page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
     assert page.read_text().count(command) == 1
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     digest = cards.read(path).digest
@@ -291,7 +288,6 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     assert low < measured["different"]["mean"] < high and low < 0  # cosines may be negative
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
-
     _, output = drawn.who(group)
     assert "uses the new numbers" in output and "as before" in output  # it is not read again
     assert command not in page.read_text()
@@ -374,8 +370,7 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     for path, faces in zip(photos, shown, strict=True):
         drawn_people.write_photo(path, *faces)
     drawn.befriend("Ada")
-    output = drawn.who(*photos).output
-    why = card_notes.NOBODY if net == "far" else card_notes.FEW
+    output, why = drawn.who(*photos).output, card_notes.NOBODY if net == "far" else card_notes.FEW
     page = (drawn.out / "names.html").read_text()
     assert ("Ada" in drawn.names().values()) == is_named, output
     assert output.count(why) == page.count(why) == (not is_named)
@@ -384,7 +379,6 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     again = Review(drawn.out, first)._decide([], first.films, first)
     assert again.appearances == first.appearances and again.card == first.card
     assert [x.identity for x in first.appearances] == [row["identity"] for row in drawn.rows()]
-
     # A gallery decides in the same way.
     gallery = drawn.folder / "gallery"
     Gallery.of_models(gallery, drawn.models)

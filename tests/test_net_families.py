@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from functools import partial
 
@@ -23,7 +24,7 @@ from onnx.helper import make_node
 from tests.helpers import drawn_people, family_nets as made, made_nets
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.video import net_families, nets
+from vidjax.apps.video import net_checks, net_families, nets
 from vidjax.utils.errors import VidjaxWarning
 
 # Published: the five points of faces in crops of 112 x 112, rounded (face_align.py).
@@ -72,9 +73,7 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
     assert card.back_end and card.back_end.data.startswith(cards.NOT_MEASURED)
     embedder = nets.Embedder(card)  # passes its test
     crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
-    vectors = embedder(crops)
-
-    x = (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
+    vectors, x = embedder(crops), (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
     (kind,) = {x.type for x in embedder.session.get_inputs()}
     x = x.astype(np.float16 if kind == "tensor(float16)" else np.float32)
     wanted = [np.array(embedder.session.run(None, {"data": face[None]})[0]) for face in x]
@@ -131,8 +130,7 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
     names = [output.name for output in detector.session.get_outputs()]
     names = "abcdefghijklmno"[: len(names)] if family == "scrfd" else names
     outputs = dict(zip(names, answers, strict=True))
-    faces = nets.DECODERS[card.decoder](outputs, width)
-    wanted = decode_slowly(card, outputs, width)
+    faces, wanted = nets.DECODERS[card.decoder](outputs, width), decode_slowly(card, outputs, width)
     assert len(wanted) > 100
     found = np.hstack([faces.scores[:, None], faces.boxes, faces.points.reshape(-1, 10)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
@@ -157,7 +155,6 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path, 
     assert decoders == {"face_detector": "scrfd", "face_embedder": "vectors"}
     written = {path.name for path in out.iterdir()}
     assert written == {"det.json", "det.onnx", "vec.json", "vec.onnx"}
-
     (other := tmp_path / "other").mkdir()
     (other / "vec.onnx").write_bytes(b"of the user")
     convert = partial(command, "convert", "insightface", f"--out={other}")
@@ -169,7 +166,6 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path, 
     (tmp_path / "a.tar.gz").touch()
     for name, hint in (("other.whl", "contains no net for the role"), ("a.tar.gz", "unpack it")):
         assert convert(tmp_path / name).refused(name, hint)
-
     folder.mkdir()
     net = members["vec.onnx"]
     # Further files of the folder, and words of the error.
@@ -297,6 +293,7 @@ def test_usual_exports_of_a_net_compute_the_vectors_of_the_plain_net(convert, ca
         # The numbers of a measured card stay.
         cards.replace_back_end(card, msgspec.structs.replace(card.back_end, data="measured"))
     assert [x.name for x in sorted(path.parent.iterdir())] == ["net.json", "net.onnx"]
+    assert b"weights.bin" not in path.with_suffix(".onnx").read_bytes()
 
 
 def test_weights_in_other_files_are_refused_with_the_command_that_joins_them(convert, tmp_path):
@@ -332,6 +329,7 @@ def test_weights_in_other_files_are_refused_with_the_command_that_joins_them(con
     ("same output", "arcface", edit(VECTORS, make_nan)),
     ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),
     ("points kps", "scrfd", made.scrfd(points=False)),
+    ("points kps", "scrfd", made.scrfd((8, 16, 32, 64, 128), 1, points=False)),
     ("scrfd [6400, 1] supported", "scrfd", made.scrfd(anchors=1)),
     ("32", "scrfd", made.scrfd(sides=(600, 600))),
     ("yunet [1, 6400, 1] supported", "yunet", made.yunet(("H", "W"), ("cls", "bbox", "kps"))),
@@ -443,6 +441,8 @@ def test_check_describes_each_net_of_a_folder(convert, command, tmp_path):
         "per frame of 640 x 640", "per 32 ms of sound", "measured on 10 and 10 pairs: made",
     ):  # fmt: skip
         assert words in out
+    net, start = nets.Net(cards.read(path)), time.thread_time()
+    assert 0 < net_checks.measure_milliseconds(net) < 1000 * (time.thread_time() - start) / 5
     (path.parent / "extra.onnx").write_bytes(VECTORS)
     with pytest.warns(UserWarning, match="vidjax convert own"):
         assert command("check", f"--models={path.parent}").code == 0

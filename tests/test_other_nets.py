@@ -137,8 +137,7 @@ def test_corrections_are_kept_when_all_nets_change(archive, drawn):
     net.replace(drawn.models / "embed.onnx")
     _, output = archive.who()
     assert output.count("there are new nets (face): the films and photos of this run are") == 1
-    assert archive.list_corrections() == before
-    assert not (archive.out / "unmatched.tsv").exists()
+    assert archive.list_corrections() == before and not (archive.out / "unmatched.tsv").exists()
     assert all(x.vector.any() for x in Gallery(archive.out / "gallery").clips.values())
     assert archive.list_names() == names and drawn.names() != clips
     archive.who()
@@ -160,12 +159,17 @@ def test_films_and_photos_that_are_missing_keep_their_corrections(archive, drawn
     drive.mkdir()
     shutil.move(archive.films / "00.mkv", drive)
     shutil.move(drawn.friends / "Ada", drive)
+    (pictures := (features := archive.out / "features") / "thumbnails/00").mkdir(parents=True)
+    (pictures / "00.s000.t00.png").touch()
+    damaged = shutil.copy(features / "00.npz", features / "04.npz")
+    (features / "videos" / "04.json").touch()
     drawn.models = write_nets(drawn.folder / "new")
     for _ in range(2):
         _, output = archive.who(code=1)
         assert "films that were not read with the present nets: 1, such as 00.mkv" in output
         assert "photos were not read with the present nets: 3, such as 1 of Ada" in output
         assert archive.list_corrections() == before
+        assert not pictures.exists() and not damaged.exists()
     # Another film with the same name does not get the clips of the missing film.
     (archive.films / "other").mkdir()
     write_film(archive.films / "other" / "00.mkv", (1, 70, [("Eve", *PLACES[0])]))

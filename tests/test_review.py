@@ -93,7 +93,6 @@ def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(revi
         assert ("\tignored\t" in (drawn.out / "names.tsv").read_text()) == (name is None)
         assert "Undo: unknown 2 is" in reviewed.client.get("").text
         reviewed.post("undo")
-
     for similar in ("ada", "Ad a", "ad\u0430a"):  # \u0430 is a Cyrillic letter that looks like a
         text = reviewed.post(status=422, do="name", of="unknown 1", person=similar)
         assert "the similar name Ada is taken" in text and f">{similar} is another person<" in text
@@ -158,11 +157,14 @@ def test_giving_a_person_the_name_of_another_person_asks_first_and_shows_both_fa
     text = reviewed.post(status=422, **renaming, person="Ada", view="person=Bob")
     assert "the name Ada is taken. Is Bob the same person?" in text
     assert "I am sure: it is Ada" in text and "<title>Bob: " in text and reviewed.names() == before
-    for of, person, other in (("unknown 2", "ada", "Ada"), ("Ada", "Bob", "Bob")):
+    for of, person, other in (
+        ("unknown 2", "ada", "Ada"), ("Ada", "Bob", "Bob"), ("clip:\tparty.s001.t00", "ada", "Ada")
+    ):  # fmt: skip
         text = reviewed.post(status=422, do="name", of=of, person=person)
         asked = text[text.index('class="pair"') : text.index("</form>", text.index('class="pair"'))]
         face, guess = asked.split('class="guess"')
         assert face.count("<img") == 1 == guess.count("<img") and f">{other}<" in guess
+        assert ('href="frame/party.s001.t00"' in face) == of.startswith("clip:")
     reviewed.post(**renaming, new="Ada")
     assert "Bob" not in reviewed.names().values()
     reviewed.post("undo")
@@ -298,7 +300,6 @@ def test_review_plays_films_and_serves_only_films_and_pictures_of_faces(reviewed
     assert "<title>Ada in party.mkv<" in text and "prefers-color-scheme: dark" in text
     following = re.findall('<a href="([^"]+)">next: <bdi dir="ltr">([^<]+)', text)
     assert following == [("1?t=3.0", "0:03\u20130:04")]
-
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
     part = client.get("film/1", headers={"range": "bytes=10-19"})
@@ -343,7 +344,6 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
     assert 'value="clip:\tparty.s000.t00"' in reviewed.client.get("?person=Eva").text
     reviewed.review.save()
     assert reviewed.names() == {c: "Eva" if x == "Ada" else x for c, x in before.items()}
-
     with pytest.raises(OSError), mock.patch.object(names_page, "render", side_effect=OSError):
         results.write(drawn.out, reviewed.review._decision)
     assert ">Eva<" in page.read_text() and reviewed.names()
@@ -390,7 +390,6 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     numbers.rmdir()
     numbers.write_bytes(content)
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
-
     client = reviewed.client  # raises every exception that the application does not handle
     shown = reviewed.review._decision._replace(films=[])  # another program has changed the films
     with mock.patch.object(reviewed.review, "_decision", shown):
@@ -406,7 +405,6 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
         for method, path in (("POST", "change"), ("GET", "frame/party.s000.t00")):
             scope = {"type": "http", "method": method, "path": f"/{TOKEN}/{path}"}
             asyncio.run(client.app(scope | {"headers": [(b"host", b"127.0.0.1:8123")]}, call, call))
-
     monkeypatch.setattr(results, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
     reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery
     shutil.rmtree(drawn.out / "gallery")
@@ -459,9 +457,11 @@ def test_forgotten_person_leaves_no_trace_in_the_folder_but_photos_are_named(rev
     reviewed.post(do="name", of="Ada", person="Eva")  # a chain of names
     reviewed.post(do="name", of="unknown 2", person="Eva", new="Eva")
     assert "Forget Eva" in reviewed.client.get("?person=Eva").text
+    photo, note = drawn.friends / "Ada.png", drawn.out / "note.txt"
+    note.write_text("Eva")
     text = reviewed.post(do="forget", of="Eva", view="person=Eva")
-    photo = drawn.friends / "Ada.png"
-    assert "Saved: Eva is forgotten in this folder." in text and str(photo) in text
+    note.unlink()
+    assert "Saved: Eva is forgotten in this folder." in text and f"\n{photo}\n{drawn.out}\n" in text
     assert "<title>Who appears" in text and "Undo: unknown 1 is Bob" in text
     names = reviewed.names()
     assert "Eva" not in names.values() and "Bob" in names.values()

@@ -75,8 +75,11 @@ def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
         for sidecar in sidecars:
             sidecar.unlink(missing_ok=True)
     assert {*drawn.names().values()} == {"Ada", "Bob"}
-    sidecars[0].write_bytes(tags(PAIR[0]))  # a user has removed a tag
-    assert drawn.who(group, code=1).content["people"] == {"Ada": 2}
+    for tagged, count in ((PAIR[:1], 2), ((), 1)):  # a user removes one tag after the other
+        sidecars[0].write_bytes(tags(*tagged))
+        assert drawn.who(group, code=1).content["people"] == {"Ada": count}
+    write_photo(sidecars[1].with_suffix(""), ("Ada", 24, 40))  # another photo, without tags
+    assert drawn.who(group, code=1).content["people"] == {"Album": 1}
 
 
 def empty(folder):
@@ -258,6 +261,7 @@ def test_two_names_of_one_person_do_not_blame_the_net(drawn):
         output = drawn.who(drawn.group(), people=people).output
         output += (drawn.out / "names.html").read_text()
         assert words in output and "as much as the net" not in output
+        assert ("if two names are one person" in output) == (not people)
         shutil.rmtree(drawn.friends, ignore_errors=True)  # as if a user gave both names
 
 

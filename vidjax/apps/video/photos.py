@@ -66,7 +66,6 @@ def read_photo(path: Path) -> Photo | None:
 
             pillow_heif.register_heif_opener()
             formats = ["HEIF"]
-        file.seek(0)
         try:
             with Image.open(file, formats=formats) as photo:
                 _reduce(path, photo)
