@@ -167,7 +167,6 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     voice = {name for name, arrays in clips.items() if "audio" in arrays}
     assert voice == {"film.s000.t00", "film.s002.t00"} and extracted.voices == 2
     assert len(clips) == 4 and all("face" in arrays for arrays in clips.values())
-
     # The face is visible for 4 s. A window of 1.6 s begins every 0.8 s. The first window is left
     # out, because only 0.6 s of it have sound.
     first = clips["film.s000.t00"]
@@ -177,7 +176,6 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     windows = tone(440, 3.2).astype(np.float32).reshape(2, -1)  # from 0 and from 1.6 s
     wanted = embed(windows)[1]
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
-
     # Without the nets of voices, the other arrays are the same.
     for name in ("speech", "voice"):
         (models / f"{name}.json").unlink()

@@ -288,11 +288,9 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     settings: Any = plda_fit.fit_member_settings(given, clips)
     assert len(set(settings["scale"])) == 2  # a different scale for each member
     assert "within" not in settings  # it is given, so it is not fitted
-
     # A run of only member 1 (see `ensemble.only`) has its scale. All members share `centred`.
     single: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
     assert single["centred"] == settings["centred"] and single["scale"] == settings["scale"][1]
-
     # The clips that member 1 leaves out lose their labels. Settings of member 1 do not change.
     unlabelled = clips._replace(labels=np.where(used[1], labels, 0))
     changed: Any = plda_fit.fit_member_settings(given, unlabelled)

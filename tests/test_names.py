@@ -23,7 +23,6 @@ def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
     refused(lambda: names.clean_identity("Ada "), "identity 'Ada '", "remove these blanks")
     for name in ("A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d", "Ada\u200b"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "remove this letter")
-
     # All functions that accept names of people refuse a name with an invisible letter.
     gallery, invisible = make(tmp_path / "g"), "Ada\u200b"
     vectors = vectors_of(gallery, {"x": make_clip(1, None)})
@@ -34,7 +33,6 @@ def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
     ):  # fmt: skip
         refused(call, "invisible letter")
     refused(lambda: labels.load_label_table({"x": invisible}, {"train": ["x"]}), "labels: clip x")
-
     # Invisible joiners between letters of some scripts, or between emojis, belong to a name.
     joined = "\u0646\u06cc\u200c\u0645\u0627 \u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f467"
     for name in (NFC, *joined.split()):

@@ -44,7 +44,6 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     (train, labels), (val, more) = (clips_of(KNOWN, seed) for seed in (1, 2))
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
-
     # Each day has clips of 3 people, and photos of Ada and of "12". The photos of "12" show the
     # person who has the name "3" in the training data, so this person has two names.
     for turn, day in enumerate(DAYS):
@@ -64,7 +63,6 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     train_command, create_command, *_ = BLOCKS["month"].splitlines()
     month = f"{train_command}\n{create_command}"
     run(month.replace("people-$day", "people").replace("$day", "first"), DAYS[0])
-
     # On the first day, Eve is unknown, and a user names her.
     for day, groups, name_of_eve in ((DAYS[0], {"unknown 1"}, ""), (DAYS[1], set(), "Eve")):
         run("day", day)
@@ -78,7 +76,6 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         if day == DAYS[0]:
             unknown.write_text(unknown.read_text().replace("unknown 1", "Eve"))
             run("named", day)
-
     # `forget` prints a line that deletes files of vidjax, and lists other places.
     printed = run("forget", DAYS[1], code=1).splitlines()
     (delete,) = (line for line in printed if line.startswith("  rm "))
@@ -112,7 +109,6 @@ def test_programs_that_ask_qdrant_give_the_answers_of_the_gallery(monkeypatch, t
     shown[1::2] = rng.standard_normal((6, 64))  # strangers
     shown = made.near(shown, rng)
     nearest = [*people.index.nearest([shown], 1000)]
-
     # The programs of the page read a table, and an exported folder.
     assert main(["gallery", "export", "people", "--out=people.parquet"]) == 0
     assert main(["export", "people", "--to=exported", "--format=safetensors", "--quiet"]) == 0

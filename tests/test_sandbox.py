@@ -140,7 +140,6 @@ def test_pieces_and_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypat
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)  # clips that an opcode adds to the dict
     with_reference = {**clips, b"39": clips[b"20"]}  # the last clip refers to an earlier clip
     assert convert(tmp_path, with_reference)["lengths"][39] == of_clips["lengths"][20]
-
     # Without `load`, pickles can be read only in pieces.
     monkeypatch.delattr(sandbox, "load")
     np.testing.assert_equal(convert(tmp_path, clips), of_clips)

@@ -80,7 +80,6 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
         change(other, action, people)
     after = made_galleries.contents(place / "other")
     assert contents in (before, after), f"seed {seed}, {count} changes"
-
     # To remove a person who is not enrolled fails, but it deletes files of the killed process.
     with contextlib.suppress(ValueError):
         Gallery(folder).remove(identity=["nobody"])

@@ -109,7 +109,6 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
     yield "object array", "not real numbers", array + state + b"b."
     yield "before a sound dict", "os.system", run + b"0}."
-
     # Other harm.
     yield "EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."
     yield "PERSID", "outside the file", b"Pthing\n."

@@ -151,7 +151,6 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
     for text in (*texts, *(json.dumps(film | wrong) for wrong in fields)):
         path.write_text(text)
         assert len(refused(read)) < 1000
-
     # Two films with one path of 6,000 folders: reading compares their folders, and must be quick.
     source, began = {"address": "/a" * 6000, "size": 1, "mtime_ns": 0, "inode": 1}, time.monotonic()
     for place in (path, path.with_name("y.json")):

@@ -182,7 +182,6 @@ def test_run_is_saved_if_its_terminal_is_closed_or_a_cluster_ends_it(run, wanted
         process.send_signal(signal.SIGHUP)  # as a shell does, in addition to the system
     assert process.wait(120) == 128 + signal.SIGHUP
     assert checkpoint.manifests(run.workdir)
-
     # A cluster sends the signal to the process and to its parents.
     end("save", signal.SIGHUP, *5 * [signal.SIGUSR1], prefix=["nohup"])
     lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
