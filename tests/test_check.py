@@ -103,6 +103,8 @@ def damage(folder, pattern):
 def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check, check_run):
     code, (*_, verdict) = check()
     assert (code, verdict) == (0, "all good")
+    code, lines = check("--config=knn", "--config.seed=-1")
+    assert code == 2 and lines[-2].startswith("  FAULT  data: config.seed=-1")
     code, lines = check_run()
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")

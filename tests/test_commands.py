@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import logging
 import os
 import pickle
 import re
@@ -33,8 +34,7 @@ from vidjax.runs.signals import Interrupted
 from vidjax.utils import exit_codes, messages, terminal
 from vidjax.utils.errors import DiskError
 
-TRAIN = "--config=knn --workdir=new"
-ARRAYS = ("--config.data.name=arrays",)
+TRAIN, ARRAYS = "--config=knn --workdir=new", ("--config.data.name=arrays",)
 OWN = "--config=knn:face --config.data.name=arrays --workdir=new --config.data.dir="
 # Commands with mistakes -> a part of the error, mostly the remedy.
 WORDS = {
@@ -131,8 +131,7 @@ PLACES = {
 
 def assert_refused(command, words, remedy, seconds):
     """Asserts that a command ends with an error, in at most `seconds` of CPU time."""
-    began = time.process_time()
-    done = command(*shlex.split(words))
+    began, done = time.process_time(), command(*shlex.split(words))
     assert (time.process_time() - began) / slowness() < seconds
     error = [line for line in done.err.splitlines() if not line.startswith("converting ")]
     assert done.out == "" and done._replace(err="\n".join([*error, ""])).refused(remedy), done
@@ -173,8 +172,7 @@ def test_functions_refuse_addresses(call, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A folder with made-up runs, data and configuration files. Some are faulty."""
-    folder = tmp_path_factory.mktemp("places")
-    values = {"1": 0.5, "2": 0.75}
+    folder, values = tmp_path_factory.mktemp("places"), {"1": 0.5, "2": 0.75}
     made_runs.write(folder / "a", values, "--config.seed=3")
     made_runs.write(folder / "b", values)
     for name in ("empty", "zip", "official", "mine"):
@@ -248,8 +246,7 @@ def test_run_folder_is_named_after_its_overrides():
         config = config_io.override(config_lib.default(), overrides)
         return config_io.folder_suffix(config, overrides, without)
 
-    assert suffix() == ""
-    assert suffix("seed=2", "batch_size=64", "seed=1") == "_batch_size=64_seed=1"
+    assert suffix() == "" and suffix("seed=2", "batch_size=64", "seed=1") == "_batch_size=64_seed=1"
     assert suffix("optim.learning_rate=1e-2") == suffix("optim.learning_rate=0.01")
     assert suffix("modalities=face,head") == "_modalities=face+head"
     assert suffix("seed=1", "data.dir=/x", without=("data.dir",)) == "_seed=1"
@@ -324,8 +321,7 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     messages.print_problem(hostile)
     exit_codes.run_to_exit_code(lambda: {}[hostile], [])  # a KeyError with this text
     out, err = capsys.readouterr()
-    assert out == f"{escaped}\n\tAda علي\n"
-    assert err.startswith(f"vidjax: {escaped}\n")
+    assert out == f"{escaped}\n\tAda علي\n" and err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
     exit_codes.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err  # first the path
@@ -364,6 +360,12 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
             monkeypatch.setattr(sys, "stderr", stream)
             for text in ("train: compiling", "step 1"):  # the first cannot be written
                 terminal.say(text)
+    # In a block of `hide_progress`, messages are hidden. A process without jax has them, too.
+    monkeypatch.delitem(sys.modules, "jax")
+    before = (log := logging.getLogger("vidjax")).level
+    with terminal.hide_progress():
+        assert terminal.is_quiet() and log.level == logging.WARNING != before
+    assert not terminal.is_quiet() and log.level == before
 
 
 # Command -> files of the user at its places. In the second table, an earlier result is replaced.

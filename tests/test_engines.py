@@ -90,6 +90,8 @@ def test_failure_of_one_process_ends_the_other_processes():
     def work(children, item):
         if item == "fails":
             time.sleep(0.3)  # the process of "waits" has begun
+            unread = bytes(1 << 20)  # the child ends before
+            children.run("code", given=b"import os; os._exit(0)\n" + unread, timeout=9)
             raise ValueError("a file is damaged")
         children.run("code", given=b"import time; time.sleep(60)\n", timeout=60)
 

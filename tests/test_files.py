@@ -32,8 +32,7 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     with pytest.raises(ValueError, match="has made"), files.atomic_folder(tmp_path / "x"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("mine")
-    assert os.listdir(tmp_path) == ["x"]
-    assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
 def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
@@ -110,6 +109,9 @@ def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
 @pytest.mark.parametrize(("name", "handler"), [
     ("SIGHUP", "signal.signal(signal.SIGHUP, exit_codes.stop_at_once)"),
     ("SIGUSR1", "signals.end_on_signals()"),  # a thread removes them while the program writes
+    # In a run, SIGHUP may be repeated, and SIGTERM is the second signal that ends the process.
+    ("SIGTERM", "signals.end_on_signals()\nrun = signals.catch_interruption()\nrun.__enter__()\n"
+                "for _ in range(2): signal.raise_signal(signal.SIGHUP)"),
 ])  # fmt: skip
 def test_signal_removes_unfinished_folders(tmp_path, name, handler):
     code = f"""
@@ -125,9 +127,8 @@ with files.atomic_folder(pathlib.Path("new")) as new, files.scratch_folder():
         (new / "features").touch()
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env)
-    assert done.returncode == 128 + signal.Signals[name]
-    assert os.listdir(tmp_path) == []
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, timeout=60)
+    assert done.returncode == 128 + signal.Signals[name] and os.listdir(tmp_path) == []
 
 
 def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
@@ -192,6 +193,14 @@ def test_tensorboard_shows_groups_changed_fields_and_the_last_value_of_repeated_
     assert {*fields} == {"batch_size", "modalities", "seed"}
     assert fields["batch_size"].number_value == 7
     assert fields["modalities"].string_value == "face,head"
+
+
+def test_run_that_starts_again_keeps_its_earlier_logs(tmp_path):
+    for loss in (0.5, 0.25):
+        with contextlib.closing(Logs(tmp_path, step=0)) as logs:
+            logs.metrics(1, {"train_loss": loss})
+    logged = [(tmp_path / name).read_text() for name in ("metrics.1.jsonl", "metrics.jsonl")]
+    assert "0.5" in logged[0] and "0.25" in logged[1]
 
 
 @pytest.fixture

@@ -60,8 +60,7 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path, read_here):
     first = prepare(small, cache).folder
     shutil.copytree(small, tmp_path / "other")
     assert prepare(tmp_path / "other", cache).folder == first  # the same content
-    # The content changes, but not the name, size and time of the file.
-    size = path.stat().st_size
+    size = path.stat().st_size  # the content changes, but not the name, size and time of the file
     write_pickle(small, "face", "train", {"s1": clip._replace(features=clip.features / 2)})
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
@@ -72,10 +71,8 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path, read_here):
 
 
 def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, converted):
-    """Train has identities 1 to 7. Val has identities 2 to 10, and 6 of 21 clips without one.
-
-    Identity 77 is only in test, so it has no class.
-    """
+    """Train has identities 1 to 7. Val has identities 2 to 10, and 6 of 21 clips without one."""
+    # Identity 77 is only in test, so it has no class.
     truth = load_official_truth(source, converted.clips)
     with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
         identities, labels, report = label_clips(converted, truth)
@@ -83,9 +80,8 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     val, facts = labels["val"], report["splits"]["val"]
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
     assert val.labels.tolist() == [i % 9 + 2 for i in range(15)] + [0] * 6
-    assert val.labels.dtype == np.int32
-    assert val.positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
-    assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
+    assert val.labels.dtype == np.int32 and val.positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert (facts["labelled"], facts["distractors"], facts["labelled_clips"]) == (True, 6, 15)
     assert facts["clips_per_identity"]["2-2"] == 6  # identities with 2 clips
     assert labels["test"].labels.tolist() == [6, 0, 0]
     assert report["splits"]["test"]["unlisted_identities"] == 1

@@ -14,13 +14,14 @@ import pytest
 from scipy import special
 from threadpoolctl import threadpool_limits
 
-from tests.helpers import made_runs, small_runs
+from tests.helpers import limits, made_runs, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
 from vidjax.evaluation import measures, ranking, scores as scores_lib, scoring, significance, topk
 from vidjax.runs import config_io, schemas
+from vidjax.utils.errors import DiskError
 
 open_set: Any = measures.open_set
 MANY, HUNDRED = (" ".join(f"p{i}.mp4" for i in range(count)) for count in (150, 100))
@@ -85,8 +86,7 @@ def tied_scores(rng, count):
 def test_auroc_is_the_share_of_correctly_ordered_pairs():
     rng = np.random.default_rng(3)
     for _ in range(30):
-        scores = tied_scores(rng, 40)
-        positive = rng.random(40) < rng.uniform(0.1, 0.9)
+        scores, positive = tied_scores(rng, 40), rng.random(40) < rng.uniform(0.1, 0.9)
         positive[:2] = True, False
         ranked = np.where(np.isnan(scores), -np.inf, scores)  # NaN counts as the worst score
         above, below = ranked[positive][:, None], ranked[~positive]
@@ -103,8 +103,7 @@ def test_identification_errors_match_a_direct_count(dtype):
     for _ in range(40):
         scores = tied_scores(rng, 60).astype(dtype)
         known, correct = rng.random((2, 60)) < 0.6  # `correct` of a stranger does not count
-        num_strangers = np.sum(~known)
-        fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
+        num_strangers, fpir = np.sum(~known), float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
         errors = metrics.identification_errors(scores, correct, known, fpir=fpir)
         # The next stranger may pass, so with S strangers the lowest rate is 1 / (S + 1).
         assert (errors is None) == (1 / (num_strangers + 1) > fpir)
@@ -137,8 +136,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
     # A new stranger may pass, too. So 28 of 99 strangers count as 29 of 100, a rate of 0.29. And 0
     # of 9 count as 1 of 10, a rate of 0.1. In floating point, 0.29 * 100 is below 29, and 1 - 0.9
     # is below 0.1. These errors must not change the counts.
-    assert metrics.count_allowed(99, 0.29) == 28
-    assert metrics.count_allowed(9, 1 - 0.9) == 0
+    assert metrics.count_allowed(99, 0.29) == 28 and metrics.count_allowed(9, 1 - 0.9) == 0
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +191,7 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
 
 def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 5, 40)
-    index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
+    labels, index = rng.integers(0, 5, 40), np.stack([rng.permutation(40)[:30] for _ in range(4)])
     positives = np.bincount(labels, minlength=5)[1:]  # label 0: no identity
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     scored = measures.ScoredSplit(
@@ -234,14 +231,11 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
 
 
 def test_map_without_suspected_labels_equals_map_of_the_other_clips():
-    """A label is suspected if another person is nearly certain, and 5 people are above the label.
-
-    Clips 0 to 7 get the label of the person after their person. Some keep a good rank.
-    """
+    """A label is suspected if another person is nearly certain, and 5 people are above it."""
+    # Clips 0 to 7 get the label of the person after their person. Some keep a good rank.
     rng, people, num = np.random.default_rng(0), 10, 60
     shown = np.arange(num) % people
-    scores = rng.normal(size=(num, people)) + 8 * np.eye(people)[shown]
-    labels = shown + 1
+    scores, labels = rng.normal(size=(num, people)) + 8 * np.eye(people)[shown], shown + 1
     labels[:8] = (shown[:8] + 1) % people + 1
     scores[np.arange(4), labels[:4] - 1] = 6.0  # the label is the second best
     labels[50:] = 0  # distractors
@@ -325,8 +319,7 @@ def test_open_set_summary_equals_identification_errors():
     in_pool = (clips.best[pool], clips.right[pool], labels[pool] > 0)
     for row in result.rates:
         wanted = metrics.identification_errors(*in_pool, fpir=row.rate)
-        assert (row.threshold, row.fpir, row.fnir) == wanted
-        assert row.fpir_low < row.fpir_high
+        assert (row.threshold, row.fpir, row.fnir) == wanted and row.fpir_low < row.fpir_high
         assert row.fnir_low <= row.fnir <= row.fnir_high
 
 
@@ -366,8 +359,7 @@ def test_metric_of_a_user_becomes_a_number_of_python_or_is_refused(monkeypatch):
         monkeypatch.setitem(metrics.CLIP_METRICS, "mine", metric)
         return metrics.compute_clip_metrics(clips, np.array([0, 1]))["mine"]
 
-    assert compute(None) is None
-    assert json.dumps(compute(np.float32(0.5))) == "0.5"
+    assert compute(None) is None and json.dumps(compute(np.float32(0.5))) == "0.5"
     for wrong in (np.zeros(2), "good"):
         refused(lambda wrong=wrong: compute(wrong), "metric 'mine'", "return a number, or None")
 
@@ -382,6 +374,8 @@ def test_metric_sees_the_best_identity_of_each_clip_and_the_rank_of_its_label():
     places, real = np.append(np.arange(40), 0).astype(np.int32), np.arange(41) < 40
     found: Any = scores_lib._make_clip_scores(described)
     block = scoring.ScoreBlock(np.vstack([scores, scores[:1]]), places, real)
+    with limits.file_limit(99), pytest.raises(DiskError, match="has no space"):
+        scores_lib.allocate(described)
     scores_lib._add_clips(found, labels, block)
     for clip, (row, label) in enumerate(zip(scores, labels, strict=True)):
         best = row.argmax() + 1 if np.isfinite(row).all() else 0

@@ -29,10 +29,8 @@ from vidjax.models.two_covariance import Settings
 from vidjax.runs import config_io
 from vidjax.training import plan
 
-DIMS = {"face": 6, "audio": 4}
-NUM_CLASSES, NUM_CLIPS = 6, 23
-NUM_COLUMNS, WIDTH = 7, 5
-log_ratios = jax.jit(plda_fit.log_ratios)
+DIMS, NUM_CLASSES, NUM_CLIPS = {"face": 6, "audio": 4}, 6, 23
+NUM_COLUMNS, WIDTH, log_ratios = 7, 5, jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 TWICE = [*range(NUM_CLIPS)] * 2  # the rows of two passes
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
@@ -96,13 +94,10 @@ def solved(*states):
 
 
 def test_plda_logits_match_the_equations():
-    """Column 0 is a new person, and column 5 an identity without clips.
-
-    Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips. Every clip
-    counts once. Clips of another fold are padded rows.
-    """
-    used = [clip for clip in range(NUM_CLIPS) if clip % 3]
-    drawn = [*TWICE, *range(14)]
+    """Column 0 is a new person, and column 5 an identity without clips."""
+    # Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips. Every clip
+    # counts once. Clips of another fold are padded rows.
+    used, drawn = [clip for clip in range(NUM_CLIPS) if clip % 3], [*TWICE, *range(14)]
     with jax.enable_x64(True):
         frames, labels = make_clips()
         for name, part in frames.items():
@@ -135,11 +130,9 @@ def test_plda_logits_match_the_equations():
 def test_fitted_settings_favour_no_modality(monkeypatch):
     """Half of the people are enrolled without a voice. They are named as often as the others."""
     monkeypatch.setattr(plda_fit, "FOLDS", 2)  # fewer programs are compiled
-    rng = np.random.default_rng(1)
-    labels = np.repeat(np.arange(1, 61), 12)
+    rng, labels = np.random.default_rng(1), np.repeat(np.arange(1, 61), 12)
     # Every second clip of a person is enrolled. The other clips are identified.
-    enrolled, voiceless = np.arange(len(labels)) % 2 == 0, labels > 30
-    vectors = {}
+    enrolled, voiceless, vectors = np.arange(len(labels)) % 2 == 0, labels > 30, {}
     for name in ("face", "audio"):
         centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
         vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
@@ -153,8 +146,7 @@ def test_fitted_settings_favour_no_modality(monkeypatch):
     named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
 
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
-    assert right[has_voice].mean() > 0.9
-    assert right[~has_voice].mean() > 0.8
+    assert right[has_voice].mean() > 0.9 and right[~has_voice].mean() > 0.8
     assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
 
 
@@ -211,10 +203,8 @@ def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_la
     (0.0, 10, 9, 10), (0.5, 10, 1.6, 2.2), (0.9, 10, 1, 1.1), (0.0, 3, 3, 3), (0.5, 1, 1, 1),
 ])  # fmt: skip
 def test_similar_clips_count_as_few_clips(shared, most, low, high):
-    """Ten clips with a share r in common are worth 1 / (r + (1 - r) / 10) clips; `most` is a limit.
-
-    A person without a clip has no clips.
-    """
+    """Ten clips with a share r in common are worth 1 / (r + (1 - r) / 10) clips, at most `most`."""
+    # A person without a clip has no clips.
     x = draw_photos(np.random.default_rng(0), 200, 10, shared=shared)
     count, total = np.append(np.full(200, 10.0), 0), np.append(x.sum(axis=1), np.zeros((1, 64)), 0)
     found = two_covariance.count_independent(0.5, count, total, np.minimum(count, most))
@@ -257,6 +247,12 @@ def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monke
         fitted = fit(cores, within=0.33)
         assert fitted.within == 0.33 and fitted.stranger != plda_fit.PRIOR["stranger"]
     assert fitted == fit(cores=1, within=0.33)
+    # In a gallery, W is at least 0.9, and held-out clips are scored as if they were of other days.
+    fold: Any = plda_fit._hold_out(vectors, vectors, 0, labels, 0, 0.9, later=False)
+    same_day = fold._replace(covariances=[x._replace(shared=0.0) for x in fold.covariances])
+    moved, kept = (plda_fit._compute_ratios(x, 0.5, 0.5).ratios[0] for x in (fold, same_day))
+    own = fold.labels > 0, fold.labels[fold.labels > 0]
+    assert np.mean(np.asarray(moved)[own]) < np.mean(np.asarray(kept)[own]) - 0.5
     # If no clip has a face or a voice, nothing is fitted: the settings are typical values.
     vectors = dict.fromkeys(vectors, 0 * faces)
     assert fit(cores=1).stranger == plda_fit.PRIOR["stranger"]
@@ -295,8 +291,7 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     unlabelled = clips._replace(labels=np.where(used[1], labels, 0))
     changed: Any = plda_fit.fit_member_settings(given, unlabelled)
     for field in ("scale", "stranger"):
-        assert settings[field][1] == changed[field][1]
-        assert settings[field][0] != changed[field][0]
+        assert settings[field][1] == changed[field][1] and settings[field][0] != changed[field][0]
 
 
 def draw_vectors():
@@ -349,8 +344,7 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     for row, group in enumerate(groups):
         noise = 1 / counts
         one, all_ = (means[row], noise[row]), (np.stack(means), noise)
-        ratios = two_covariance.pair_log_ratios(space, *one, *all_)
-        others = np.arange(3) != row
+        ratios, others = two_covariance.pair_log_ratios(space, *one, *all_), np.arange(3) != row
         close(ratios[others], [wanted(group, groups[other]) for other in np.flatnonzero(others)])
 
 
@@ -364,6 +358,9 @@ def test_covariances_equal_their_definitions():
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)
     np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
+    least = two_covariance.covariances(sums, least_within=2.0)  # W is scaled up to this trace
+    np.testing.assert_allclose(np.sum(least.within), 2 * np.mean(vectors**2) * WIDTH)
+    np.testing.assert_allclose(least.within * (1 - least.shared), fit.within)
     np.testing.assert_allclose(fit.mean, num_people / (num_people + 0.5) * vectors.mean(axis=0))
 
     spread = (vectors - fit.mean).T @ (vectors - fit.mean) / num_clips

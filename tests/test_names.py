@@ -64,6 +64,7 @@ def test_names_of_photo_folders_become_nfc_and_hidden_files_are_ignored(tmp_path
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
     (tmp_path / NFC / "3.npy").touch()
     refused(lambda: memory.load_people(tmp_path, {"face": 4}), "3.npy' would be ignored")
+    refused(lambda: memory.load_people(tmp_path / "gone", {}), "gone' does not exist: correct")
 
 
 def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say, monkeypatch):

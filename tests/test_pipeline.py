@@ -21,8 +21,7 @@ from vidjax.core.batch import BATCHED, Frames
 from vidjax.data import sources
 from vidjax.data.memory import MemoryClips
 
-COUNTS = {"train": 45, "val": 26}
-MAX_FRAMES = 7
+COUNTS, MAX_FRAMES = {"train": 45, "val": 26}, 7
 TRAIN = {"splits": ("train",), "modalities": ("face", "audio"), "max_frames": MAX_FRAMES,
          "crop": "window", "seed": 3, "batch_size": 8}  # fmt: skip
 CLIPS = {split: ragged_clips(split, count) for split, count in COUNTS.items()}
@@ -134,6 +133,7 @@ def test_streamed_bytes_are_the_frames_of_batches_in_memory(dataset, monkeypatch
 
         monkeypatch.setattr(streaming, "_make_pipeline", lambda *_: pipeline)
         found: Any = take_batches(dataset, 9)
+    fake.queue.FIFOQueue.return_value.close.assert_called_once_with()  # no reader is left
     for (clip_index, _, *strings), batch in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(clip_index, batch.clip_index)
         fields = [(x.mask, getattr(x, f)) for x in batch.frames.values() for f in BATCHED]

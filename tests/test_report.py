@@ -61,8 +61,7 @@ def full(tmp_path_factory):
     """A made-up run with all sections of the report and all values in its files."""
     rng, name = np.random.default_rng(0), "identity {}"
     ap = rng.beta(4, 1, 12)
-    ap[:3] = 1.0
-    positives, known = rng.integers(1, 9, 12), rng.integers(0, 60, 40)
+    ap[:3], positives, known = 1.0, rng.integers(1, 9, 12), rng.integers(0, 60, 40)
     facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
     # A group without an interval; -1 is a distractor.
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
@@ -113,6 +112,7 @@ def test_report_says_of_no_identity_that_it_is_below_a_quantile_of_1(tmp_path):
     text = str(run_page.identities(run_page.load(RunFolder(tmp_path))))
     # The share of perfect identities, their number, the median and the quantile.
     assert values(text)[:4] == [0.95, 20, 1, 1] and "below" not in text
+    assert "var(--first)" in text[text.index("<svg") :]  # the colour of the bars
 
 
 def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
@@ -255,8 +255,7 @@ def test_interval_of_equal_gaps_is_the_exact_interval_of_a_share_of_which_none_w
     for num in (1, 20, 50):
         low, high, p = significance.compute_gap_interval(np.zeros(num))
         exact = 1 - 0.025 ** (1 / num)  # the interval of Clopper and Pearson
-        assert (low, high) == pytest.approx((-exact, exact), abs=0.006)
-        assert p == 1
+        assert (low, high) == pytest.approx((-exact, exact), abs=0.006) and p == 1
     # The interval of groups is at least as wide.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])
@@ -342,8 +341,7 @@ def write_groups(tmp_path):
 def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
     """The two variances are added, with the t quantile of Cochran and Cox."""
     precisions, runs = write_groups(tmp_path), ("a1+a2+a3", "b1+b2+b3")
-    facts = json.loads(compared("--json", runs=runs).out)
-    gaps = precisions["b"] - precisions["a"]
+    facts, gaps = json.loads(compared("--json", runs=runs).out), precisions["b"] - precisions["a"]
     variances = [np.mean(gaps, axis=0).var(ddof=1) / len(NAMES), gaps.mean(axis=1).var(ddof=1) / 3]
     error = sum(variances) ** 0.5
     half = np.average(scipy.stats.t.ppf(0.975, [len(NAMES) - 1, 2]), weights=variances) * error
@@ -445,8 +443,7 @@ DIFFERENCES: dict[str, Any] = {
 def test_compare_refuses_other_clips_identities_or_labels(tmp_path, compared, message, difference):
     made_runs.write(tmp_path / "a", averages(3), results=trained_on())
     made_runs.write(tmp_path / "b", **{"averages": averages(3), **difference})
-    assert compared().refused(message)
-    assert not (tmp_path / "out").exists()
+    assert compared().refused(message) and not (tmp_path / "out").exists()
 
 
 def test_runs_with_other_features_but_not_without_reports_are_compared(tmp_path, compared):

@@ -200,8 +200,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
     words = "--config.batch_size=8", "--config.num_epochs=1"
-    config = small.shrunk(*words, spec=SPEC)
-    draw = mock.Mock(wraps=resident.draw_steps)
+    config, draw = small.shrunk(*words, spec=SPEC), mock.Mock(wraps=resident.draw_steps)
     monkeypatch.setattr(resident, "draw_steps", draw)
     for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
         monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
@@ -254,8 +253,7 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(choose
         assert choose.placement(free) == (wanted, 1)
         assert {mode for mode, _ in choose.measured} == {*measured}
         for mode in ("resident", "streaming"):
-            assert choose.placement(free, mode) == (mode, 1)
-            assert choose.measured == [(mode, 1)]
+            assert choose.placement(free, mode) == (mode, 1) and choose.measured == [(mode, 1)]
     huge = {"num_frames": {"face": 2**31 - 1}}
     assert choose.placement(float("inf"), **huge) == ("streaming", 1)
     with pytest.raises(ValueError, match="too many for an int32"):

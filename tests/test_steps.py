@@ -17,7 +17,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import zero_draws
 from tests.helpers.seen import refused
-from vidjax.core import augment, ensemble, losses
+from vidjax.core import augment, devices, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib, scoring
 from vidjax.models.base import Identifier
@@ -98,8 +98,7 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     system = make(
         after_fusion="examples", eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5
     )  # every frame is an example, and votes
-    batch = make_batch()
-    state = init(system, np.arange(5))
+    batch, state = make_batch(), init(system, np.arange(5))
     scored = evaluate(system, state, batch)
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
     shares = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": special.expit(logits)}
@@ -115,10 +114,8 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
 @pytest.mark.slow
 @pytest.mark.parametrize("mean_over", ["weights", "clips"])
 def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over):
-    """The loss is divided by the sum of the weights of clips with frames, or by their number.
-
-    Clip 3 has no frames, and row 4 is padding.
-    """
+    """The loss is divided by the sum of the weights of clips with frames, or by their number."""
+    # Clip 3 has no frames, and row 4 is padding.
     batch, labels = make_batch()._replace(batch_mask=np.arange(5) < 4), np.array([3, 1, 4, 1, 5])
     weight = np.array([1.0, 0.5, 2.0, 7.0, 9.0])
     system = make(after_fusion="examples", loss__mean_over=mean_over)
@@ -147,8 +144,7 @@ def test_fusions_that_do_not_fit_the_use_of_frames_are_refused():
 @pytest.mark.slow
 def test_mixup_equals_a_numpy_reference():
     """A mixed clip is `share` x clip + (1 - share) x partner. A clip of weight 0 is no partner."""
-    batch = make_batch((7, 3, 0, 2, 1))
-    weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
+    batch, weight = make_batch((7, 3, 0, 2, 1)), np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
     labels = np.arange(5, dtype=np.int32)  # the label of each clip is its number
     clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
     clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
@@ -203,6 +199,19 @@ def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     system: Any = SimpleNamespace(top_classes=2)
     best = scoring.keep_best(system, jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]))
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # 0 and 0 tie
+
+
+def test_score_of_a_clip_is_the_mean_over_the_members_that_may_score_it(monkeypatch):
+    use, scores = np.array([[1, 1, 0], [1, 0, 1]], bool), np.arange(12.0).reshape(2, 3, 2) ** 2
+    blocks = [Batch({}, np.array(x), np.array([True, x[0] < 2])) for x in ([0, 1], [2, 0])]
+    monkeypatch.setattr(scoring, "iterate_windows", lambda *_: [blocks])  # its last row is padding
+    model: Any = SimpleNamespace(
+        system=SimpleNamespace(top_classes=0, scores_are_logs=False), mesh=devices.make_mesh(1),
+        member=lambda n: (n,), eval_step=lambda n, x: jnp.asarray(scores[n, x.clip_index]),
+    )  # fmt: skip
+    found = [x.without_padding()[0] for x in scoring.score_blocks(model, "val", use)]
+    wanted = [scores[use[:, clip], clip].mean(axis=0) for clip in range(3)]
+    np.testing.assert_allclose(np.concatenate(found), wanted)
 
 
 class TwoBranches(Identifier):
@@ -295,8 +304,7 @@ def test_is_argmax_equals_numpy_argmax():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
     scores[scores == 0] = -np.inf
-    column = rng.integers(0, 6, 500).astype(np.int32)
-    is_best = jax.jit(losses.is_argmax)
+    column, is_best = rng.integers(0, 6, 500).astype(np.int32), jax.jit(losses.is_argmax)
     np.testing.assert_array_equal(is_best(scores, column), np.argmax(scores, axis=1) == column)
     # Unlike np.argmax, a row of NaN has no best column.
     assert not is_best(np.full((500, 6), np.nan, np.float32), column).any()
@@ -307,8 +315,7 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     smaller = np.array([0.1, 3.0, 18.0, 60.0, 86.0])  # from 18 on, float32 rounds p to 1
     leads = np.stack([smaller, smaller + 0.01])
     logits = np.zeros((2, 5, 4))  # smaller and larger leads, 5 leads, 4 columns
-    logits[..., 0], logits[..., 3] = leads, -1
-    logits[0, :, 2], logits[1, :, 2] = 99, -99
+    logits[..., 0], logits[..., 3], logits[0, :, 2], logits[1, :, 2] = leads, -1, 99, -99
     has_clips = np.array([True, True, False, True])
     logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), has_clips))
     others = 1 + np.exp(-1.0)  # so log p of column 0 is -log(1 + exp(-lead) others)

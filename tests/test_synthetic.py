@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT, execute
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from vidjax.data import synthetic
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.synthetic import SyntheticOptions
 
-SPLITS = ("train", "val", "test")
-MODALITIES = ("face", "head", "body", "audio", "scene")
+SPLITS, MODALITIES = ("train", "val", "test"), ("face", "head", "body", "audio", "scene")
 TINY = synthetic.Size(30, 8.0, dict.fromkeys(MODALITIES, 64), synthetic.SIZES["small"].spread)
 
 
@@ -51,8 +51,7 @@ def changed_files(left, other):
 
 @pytest.mark.slow
 def test_synthetic_set_has_the_specified_statistics(make):
-    folder = make()
-    pairs = itertools.product(MODALITIES, SPLITS)
+    folder, pairs = make(), itertools.product(MODALITIES, SPLITS)
     clips: dict[tuple[str, str], Any] = {pair: clips_of(folder, *pair) for pair in pairs}
     labels = {split: load_ground_truth(folder / f"{split}_gt.txt") for split in SPLITS}
     # Every split shows all 30 people. 37.5 % of val and test show strangers, without labels.
@@ -134,6 +133,8 @@ def test_synthetic_command_refuses_existing_paths_and_wrong_flags(tmp_path, say)
     for out_dir in (tmp_path, tmp_path / "kept"):
         assert str(out_dir) in say(out_dir, code=2, program=synthetic.main)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    done = execute(("-m", "vidjax.data.synthetic", tmp_path), ROOT)
+    assert done.returncode == 2 and str(tmp_path) in done.stderr
     for word in ("--seed=-1", "--size=huge"):
         say(tmp_path / "new", word, code=2, program=synthetic.main)
     assert not (tmp_path / "new").exists()

@@ -21,13 +21,13 @@ from vidjax.cli import config_command, program, run_commands  # noqa: F401 (no t
 from vidjax.core import devices
 from vidjax.runs import checkpoint, config as config_lib, config_io, programs, results
 from vidjax.runs.run_folder import RunFolder
+from vidjax.training import public
 from vidjax.utils import files
 
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # Mode -> the files that it reads in a folder without checkpoints.
 READ = {
-    "check": ("config.json",),
-    "report": (*RESULTS, "config.json"),
+    "check": ("config.json",), "report": (*RESULTS, "config.json"),
     "compare": ("metrics.json", "identities.json", "analysis.npz", "config.json"),
     "evaluate": ("config.json", ".lock"),
 }  # fmt: skip
@@ -167,8 +167,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
-    # The checkpoint of step 3 is a link.
-    real, link = save(tmp_path / "other", 3), place / "3"
+    real, link = save(tmp_path / "other", 3), place / "3"  # the checkpoint of step 3 is a link
     before = contents(real)
     link.symlink_to(real)
     with pytest.raises(checkpoint.DamagedError, match="is a link"):
@@ -226,8 +225,7 @@ def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
     # A deletion moves a step to `.partial` first. A later save deletes what is left there.
     shutil.copytree(theirs, folder / "checkpoints" / ".partial" / "0", symlinks=True)
     save(folder, 2, 3, 4)  # each save deletes `.partial` and old steps
-    assert load_latest(folder) == 4
-    assert contents(outside) == before
+    assert load_latest(folder) == 4 and contents(outside) == before
 
 
 def test_checkpoint_with_a_pipe_link_device_or_file_outside_is_damaged(tmp_path):
@@ -358,5 +356,6 @@ def test_compiled_programs_are_cached_only_where_other_users_cannot_write(tmp_pa
         os.chown(cache, 12345, 12345)  # the folder belongs to another user
         assert files.find_foreign_folder(cache / "programs") == cache
         os.chown(cache, 0, 0)
-    programs.cache_programs(cache)
+    words = [f"--config.data.cache_dir={cache}"]
+    public.set_up_devices(config_io.override(config_lib.default(), words))
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])
