@@ -250,7 +250,6 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(
             searched += search.add(number, number * step_s, rgb)
             wanted.append(sorted(detector(rgb).boxes.tolist()))  # searches the whole picture
         searched += search.end_shot()
-
     assert [x.number for x in searched] == [*range(len(wanted))]
     assert [sorted(x.faces.boxes.tolist()) for x in searched] == wanted
     assert sum(map(len, wanted)) > len(wanted)  # more than one face per picture, on average

@@ -116,7 +116,6 @@ def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatc
     clips = made_galleries.make_clips(num_people=80)
     people = made_galleries.make_with_cards(tmp_path / "g", clips)
     answers(people)
-
     monkeypatch.setattr(card_backend, "weigh", weigh := mock.Mock(wraps=card_backend.weigh))
     for change in (
         lambda: add(people, NEW), lambda: people.remove(identity="person 30"),

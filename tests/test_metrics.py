@@ -254,7 +254,6 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
     above = (scores > own[:, None]).sum(axis=1)
     clips = ClipScores(pool, best, identity == labels, None, identity, above)
     scored = measures.ScoredSplit(top, best, labels, [*map(str, range(num))], pool, positives)
-
     suspects = measures.measure_suspects(scored, clips)
     doubted = [i for i in range(4, 8) if above[i] >= 5 and best[i] > math.log(0.9)]
     assert 2 <= suspects.count == len(doubted) and suspects.low <= suspects.gain

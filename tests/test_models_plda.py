@@ -106,7 +106,6 @@ def test_plda_logits_match_the_equations():
         of_two, _ = solved(state, train(frames, labels, [TWICE]))  # members with other clips
         logits = logits_of(of_two, frames)
         np.testing.assert_array_equal(logits_of(*solved(state), frames), logits)
-
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
             # The two covariances of the modality, with the shrinkage of SETTINGS.
@@ -137,14 +136,12 @@ def test_fitted_settings_favour_no_modality(monkeypatch):
         centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
         vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
     vectors["audio"][enrolled & voiceless] = 0
-
     known = {name: x[enrolled] for name, x in vectors.items()}
     backend = backend_lib.fit(known, labels[enrolled], centred=False)
     names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
     index = index_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
     named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
-
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
     assert right[has_voice].mean() > 0.9 and right[~has_voice].mean() > 0.8
     assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
@@ -337,7 +334,6 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     close(ratios[:, 1:], [[wanted(group, [clip]) for group in groups] for clip in new])
     assert not enrolled.known[0]  # a class without a clip
     assert np.abs(ratios[:, 0]).max() < 1e-9
-
     counts = np.array([1, 2, 4])  # clips of three groups, which are compared with each other
     groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
     means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
@@ -354,7 +350,6 @@ def test_covariances_equal_their_definitions():
     fit = two_covariance.covariances(sums)
     num_people, num_clips = len(np.unique(labels)), len(vectors)
     prior = np.mean(vectors**2) * np.eye(WIDTH) / 2  # half is noise, half are people
-
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)
     np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
@@ -362,7 +357,6 @@ def test_covariances_equal_their_definitions():
     np.testing.assert_allclose(np.sum(least.within), 2 * np.mean(vectors**2) * WIDTH)
     np.testing.assert_allclose(least.within * (1 - least.shared), fit.within)
     np.testing.assert_allclose(fit.mean, num_people / (num_people + 0.5) * vectors.mean(axis=0))
-
     spread = (vectors - fit.mean).T @ (vectors - fit.mean) / num_clips
     between = ((num_people - 1) * (spread - within) + 10 * prior) / (num_people - 1 + 10)
     values, axes = np.linalg.eigh(between)

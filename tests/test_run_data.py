@@ -211,7 +211,6 @@ def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_pat
     for name, kind in (("train", "f2"), ("val", "f4")):  # these clips are no copies
         splits[name] |= {f"{name} {n}": {"face": np.zeros((n, 8), kind)} for n in (0, 1)}
     clip_files.write_labels(clip_files.write_npz(data, splits) / "labels.csv", labels)
-
     words = ["--config.data.name=arrays", f"--config.data.dir={data}"]
     wanted = "12 of 26 clips of val have the frames of clips of train: 'copy0' equals 'train0'\n"
     with pytest.warns(VidjaxWarning, match=wanted):

@@ -185,7 +185,6 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     clips = [clip for clip, x in first.unknown.items() if x == "unknown 1"]
     assert first.vectors
     one, names = first.vectors.only(clips[:1]), partial(made_shelf.list_names, shelf.out)
-
     before = names()
     gallery.enrol(one, "Zoe")
     assert names() == before | dict.fromkeys(clips, "Zoe") and gallery.people["Zoe"] == (clips[0],)

@@ -108,7 +108,6 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
     strided.flags.writeable = False
     faces = {b"%d" % i: [face(feat=row) for row in x] for i, x in enumerate((numbers, strided))}
     voices = {b"0": numbers, b"1": fortran, b"2": strided, b"3": list(numbers)}
-
     for clips, modality in ((faces, "face"), (voices, "audio")):
         for dumps, protocol in WRITERS:
             read = convert(tmp_path, dumps(clips, protocol), modality)

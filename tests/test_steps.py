@@ -187,7 +187,6 @@ def test_only_short_clips_of_strangers_are_joined():
     batch, labels = make_batch((3, 2, 1, 2, 3)), np.array([0, 2, 9, 3, 0])
     weight = np.array([1, 1, 1, 1, 0], np.float32)
     clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
-
     join = jax.vmap(lambda rng: augment.concat_noise(rng, clips, num_identities=3).frames["face"])
     faces = jax.jit(join)(jax.random.split(jax.random.key(0), 20))
     counts = np.asarray(faces.mask).sum(axis=2)  # [keys, clips]

@@ -26,7 +26,6 @@ def read_all(files, folder, mode):
 
     command = [sys.executable, "-m", "tests.campaigns.hostile", mode, folder / "files"]
     done = subprocess.run(command, cwd=canary, env=env, capture_output=True, text=True)
-
     assert done.returncode == 0, done.stderr
     ends = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
     assert ends.keys() == files.keys()
@@ -64,9 +63,7 @@ def test_hostile_and_mutated_pickles_end_in_a_one_line_error_and_run_no_code(tmp
     grafts = [data[:-1] for data in parts]  # without the last byte, the opcode STOP
     seeds, count = [*python2.real().values()], 2000 if campaign else 80
     files |= {f"mutated {n}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
-
     ends = read_all(files, tmp_path, "all")
-
     loaded = {n: end for n, end in ends.items() if n.startswith("mutated") and not end[0]}
     # With a made-up error, `check_refused` checks the costs of files that load.
     check_refused(ends | {n: [f"/{n}: ", *end[1:]] for n, end in loaded.items()})
