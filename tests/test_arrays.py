@@ -536,10 +536,14 @@ def test_programs_of_the_readme_convert_files_of_many_clips(tmp_path, monkeypatc
     np.testing.assert_equal(read, {name: {"face": face} for name, face in faces.items()})
 
 
-def test_frames_have_the_same_fingerprint_if_and_only_if_they_are_equal():
+def test_frames_and_clips_have_equal_fingerprints_if_and_only_if_they_are_equal(tmp_path):
     frames = np.random.default_rng(0).normal(size=(600, 6)).astype(np.float16)
     frames[:2] = [[0.0], [-0.0]]
     prints = fingerprint_frames(frames)
     assert not prints[:2].any() and len({*prints.tolist()}) == 599
     for dtype in (np.float32, np.float64):
         assert np.array_equal(fingerprint_frames(frames.astype(dtype)), prints)
+    rows_of = {"a": [5, 3], "b": [9], "c": [3, 5]}
+    clips: Any = {name: {"face": frames[rows]} for name, rows in rows_of.items()}
+    a, b, c = sources.load({"val": clips}, cache_dir=tmp_path).split("val").fingerprints
+    assert a == c != b

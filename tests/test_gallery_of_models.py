@@ -515,7 +515,9 @@ def photos(gallery):
 
 def test_face_under_two_people_is_reported_by_each_way_to_enrol(gallery, photos, tmp_path, command):
     write_npz(tmp_path / "x", {"Eve": {f"c{n}": {"face": photos[n, :1]} for n in (1, 2)}})
-    done = command("gallery", "enrol", gallery.folder, f"--input={tmp_path / 'x'}", "--json")
+    done = command(
+        "gallery", "enrol", gallery.folder, f"--input={tmp_path / 'x'}", "--json", "--quiet"
+    )
     assert json.loads(done.out)["rivals"] == {"Eve/c1": "person 1", "Eve/c2": "person 2"}
     assert done.err.count("seems to show 'person") == 2 and "gallery relabel" in done.err
     others = {f"more {n}": {"face": photos[n, 1:2]} for n in range(50)}

@@ -132,8 +132,11 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     content, output = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in output
     assert drawn.names() == {"c.s000.t00": "unknown 2"}  # Eve
-    (drawn.out / "features" / "videos" / "c.json").write_text("damaged")
-    assert "c.json is damaged" in drawn.who(film, people=False).output
+    files = [(features := drawn.out / "features") / "c.npz", features / "videos" / "c.json"]
+    assert [features_folder.list_files_of(path) for path in files] == [files] * 2
+    files[1].write_text("damaged")
+    assert "c.json is damaged" in drawn.who(drawn.film(), people=False).output
+    assert not any(path.exists() for path in files)
 
 
 def test_folders_of_people_have_names_that_all_drives_allow(drawn):
