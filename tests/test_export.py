@@ -292,7 +292,7 @@ def loop(x):
 
 OPERATIONS = {
     "log1p": (jnp.log1p, TINY), "expm1": (jnp.expm1, np.minimum(TINY, 50)),
-    "log_sigmoid": (lambda x: jax.nn.log_sigmoid(x[1:]), np.float32(range(-101, 101))),
+    "log_sigmoid": (lambda x: jax.nn.log_sigmoid(x[1:]), np.arange(-101, 101, dtype=np.float32)),
     "softmax": (lambda x: jax.nn.softmax(x, axis=-1), FLOATS),
     "descending": (lambda x: jnp.argsort(x, axis=1, stable=True, descending=True), WHOLE),
     "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.tile(WHOLE, (1, 10))),

@@ -50,7 +50,7 @@ def test_gallery_has_the_settings_and_clips_of_its_run_and_ranks_like_it(made, r
 
 
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, nearest_run, data):
-    run = predict.restore(nearest_run, num_devices=1)
+    run = predict.restore_run(nearest_run, num_devices=1)
     made, gallery = (
         vidjax.Gallery.create(tmp_path / name, run, data, empty=name == "g")
         for name in ("made", "g")
