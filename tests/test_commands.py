@@ -131,7 +131,8 @@ PLACES = {
 
 def assert_refused(command, words, remedy, seconds):
     """Asserts that a command ends with an error, in at most `seconds` of CPU time."""
-    began, done = time.process_time(), command(*shlex.split(words))
+    began = time.process_time()
+    done = command(*shlex.split(words))
     assert (time.process_time() - began) / slowness() < seconds
     error = [line for line in done.err.splitlines() if not line.startswith("converting ")]
     assert done.out == "" and done._replace(err="\n".join([*error, ""])).refused(remedy), done

@@ -122,7 +122,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={nightly}")
-
     for signum in (signal.SIGTERM, signal.SIGKILL) if nightly else (signal.SIGKILL,):
         pair = start(*words)
         before, end = checkpoint.manifests(two).keys(), time.monotonic() + SECONDS
@@ -137,7 +136,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             assert first == 2
             lines = (tmp_path / "0.txt").read_text().splitlines()
             assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
-
     words += ("--config.checkpoint_every_seconds=60",)
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
@@ -239,7 +237,6 @@ def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, re
         monkeypatch.setattr(devices, "NVIDIA", driver)
         jax.config.update("jax_platforms", platforms)
         devices.make_mesh(1)
-
     monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
     with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
         devices.make_mesh(1)

@@ -131,8 +131,10 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     """A formula makes an image. A card has four numbers of the net's answer to this image."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
-    vector, card = image @ made_nets.WEIGHTS.astype(float), cards.read(made_nets.write(tmp_path))
-    threads, net = {*os.listdir("/proc/self/task")}, nets.Net(card)
+    vector = image @ made_nets.WEIGHTS.astype(float)
+    card = cards.read(made_nets.write(tmp_path))
+    threads = {*os.listdir("/proc/self/task")}
+    net = nets.Net(card)
     assert {*os.listdir("/proc/self/task")} <= threads, "a net starts no thread"
     answer = net.answer_formula(7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)

@@ -77,7 +77,8 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
 def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
     """The system may refuse other threads (`ulimit -u`). Then pictures would be lost."""
     with decode.open_video(film) as video:
-        before, frames = len(os.listdir("/proc/self/task")), video.frames(5)
+        before = len(os.listdir("/proc/self/task"))
+        frames = video.frames(5)
         next(frames)
         assert len(os.listdir("/proc/self/task")) <= before
 

@@ -52,12 +52,11 @@ def test_gallery_has_the_settings_and_clips_of_its_run_and_ranks_like_it(made, r
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, nearest_run, data):
     run = predict.restore_run(nearest_run, num_devices=1)
     made, gallery = (
-        vidjax.Gallery.create(tmp_path / name, run, data, empty=name == "g")
-        for name in ("made", "g")
+        vidjax.Gallery.create(tmp_path / f"{x}", run, data, empty=x) for x in (False, True)
     )
     clips = random_clips(run, 1, 2)
     assert gallery.identities == {} != made.identities
-    assert gallery.strangers == made.strangers
+    assert gallery.strangers == made.strangers  # as in a gallery with people
     of_train = vidjax.Gallery.create(tmp_path / "t", run, data, strangers="train").strangers
     assert made.strangers and not {*of_train} & {*made.strangers}
     for action in (gallery.identify, gallery.rank):

@@ -62,7 +62,8 @@ def test_a_run_that_shows_the_wrong_person_in_some_clips_is_trusted_less():
     labels = RNG.integers(0, 1 + C, 900)
     wrong = np.where(RNG.random(900) < 0.3, RNG.integers(0, 1 + C, 900), labels)
     logs = np.stack([make_scores(labels, labels, 1.0), make_scores(labels, wrong, 1.0)])
-    logs[1, :100], part = -np.inf, calibration.split_clips(labels)
+    logs[1, :100] = -np.inf
+    part = calibration.split_clips(labels)
     sets = calibration.learn([calibration.choose_candidates(logs, labels, part)])
     assert sets.trust.shape == (calibration.PARTS + 1, 2)
     assert (sets.trust[:, 0] > sets.trust[:, 1] + 1).all()

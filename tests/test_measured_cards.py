@@ -370,7 +370,8 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     for path, faces in zip(photos, shown, strict=True):
         drawn_people.write_photo(path, *faces)
     drawn.befriend("Ada")
-    output, why = drawn.who(*photos).output, card_notes.NOBODY if net == "far" else card_notes.FEW
+    output = drawn.who(*photos).output
+    why = card_notes.NOBODY if net == "far" else card_notes.FEW
     page = (drawn.out / "names.html").read_text()
     assert ("Ada" in drawn.names().values()) == is_named, output
     assert output.count(why) == page.count(why) == (not is_named)

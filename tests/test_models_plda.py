@@ -30,7 +30,8 @@ from vidjax.runs import config_io
 from vidjax.training import plan
 
 DIMS, NUM_CLASSES, NUM_CLIPS = {"face": 6, "audio": 4}, 6, 23
-NUM_COLUMNS, WIDTH, log_ratios = 7, 5, jax.jit(plda_fit.log_ratios)
+NUM_COLUMNS, WIDTH = 7, 5
+log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 TWICE = [*range(NUM_CLIPS)] * 2  # the rows of two passes
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))

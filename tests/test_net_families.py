@@ -73,7 +73,8 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
     assert card.back_end and card.back_end.data.startswith(cards.NOT_MEASURED)
     embedder = nets.Embedder(card)  # passes its test
     crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
-    vectors, x = embedder(crops), (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
+    vectors = embedder(crops)
+    x = (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
     (kind,) = {x.type for x in embedder.session.get_inputs()}
     x = x.astype(np.float16 if kind == "tensor(float16)" else np.float32)
     wanted = [np.array(embedder.session.run(None, {"data": face[None]})[0]) for face in x]
@@ -130,7 +131,8 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
     names = [output.name for output in detector.session.get_outputs()]
     names = "abcdefghijklmno"[: len(names)] if family == "scrfd" else names
     outputs = dict(zip(names, answers, strict=True))
-    faces, wanted = nets.DECODERS[card.decoder](outputs, width), decode_slowly(card, outputs, width)
+    faces = nets.DECODERS[card.decoder](outputs, width)
+    wanted = decode_slowly(card, outputs, width)
     assert len(wanted) > 100
     found = np.hstack([faces.scores[:, None], faces.boxes, faces.points.reshape(-1, 10)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)

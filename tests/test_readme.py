@@ -295,7 +295,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     for path in ("friends/Ada/1.png", "photos/Ada/1.png", "photos_of_ada/1.png"):
         drawn_people.write_photo(Path(path), ("Ada", 40, 40))
     drawn_people.write_portraits(Path("portraits"))
-
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
     for module, *words in ours:

@@ -61,7 +61,8 @@ def full(tmp_path_factory):
     """A made-up run with all sections of the report and all values in its files."""
     rng, name = np.random.default_rng(0), "identity {}"
     ap = rng.beta(4, 1, 12)
-    ap[:3], positives, known = 1.0, rng.integers(1, 9, 12), rng.integers(0, 60, 40)
+    ap[:3] = 1.0
+    positives, known = rng.integers(1, 9, 12), rng.integers(0, 60, 40)
     facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
     # A group without an interval; -1 is a distractor.
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}

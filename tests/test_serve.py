@@ -259,7 +259,8 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
             assert re.search(f'vidjax_request_seconds_count{{route="{route}"}} [1-9]', metrics)
         assert "Zo" not in metrics
         # The server sees changes by another process.
-        (other := Gallery(folder)).enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
+        other = Gallery(folder)
+        other.enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
         assert query("Yan")[1]
         other.remove(identity="Yan")
         assert not query("Yan")[1]

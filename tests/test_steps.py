@@ -314,7 +314,8 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     smaller = np.array([0.1, 3.0, 18.0, 60.0, 86.0])  # from 18 on, float32 rounds p to 1
     leads = np.stack([smaller, smaller + 0.01])
     logits = np.zeros((2, 5, 4))  # smaller and larger leads, 5 leads, 4 columns
-    logits[..., 0], logits[..., 3], logits[0, :, 2], logits[1, :, 2] = leads, -1, 99, -99
+    logits[..., 0], logits[..., 3] = leads, -1
+    logits[0, :, 2], logits[1, :, 2] = 99, -99
     has_clips = np.array([True, True, False, True])
     logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), has_clips))
     others = 1 + np.exp(-1.0)  # so log p of column 0 is -log(1 + exp(-lead) others)

@@ -43,7 +43,8 @@ def copied(people, tmp_path):
 def assert_equal(found, wanted):
     """Asserts that comparisons are equal to 1e-6."""
     assert found.keys() == wanted.keys()
-    for key, pair in {key: (found[key], wanted[key]) for key in found}.items():
+    for key in found:
+        pair = found[key], wanted[key]
         one, other = ([*x[:3], *x.evidence, *(x.best or ()), *(x.worst or ())] for x in pair)
         assert one == [pytest.approx(value, abs=1e-6) for value in other], key
 

@@ -177,7 +177,6 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     (folder / "clips").mkdir()
     for number, face in enumerate(faces[-5:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)
-
     run = partial(common.run_python, cwd=folder, PYTHONPATH=str(common.ROOT))
     processes = {name: lambda _, words=words: run(*words) for name, words in STARTS.items()}
     rounds = common.alternate(processes, 1 + ROUNDS)

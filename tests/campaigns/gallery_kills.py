@@ -73,7 +73,6 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
             process.stdin.write("go\n")
             process.stdin.flush()
         time.sleep(rng.uniform(0, rng.choice(MAX_DELAYS)))
-
     contents = made_galleries.contents(folder)
     for action, people in itertools.islice(draw_changes(seed), count):
         before = made_galleries.contents(place / "other")

@@ -117,7 +117,6 @@ def test_clips_without_frames_rank_last_in_spite_of_bad_qualities(tmp_path):
     assert counts["clips_skipped"] == {"empty": 2, "non_finite": 4}
     assert counts["values_replaced"]["non_finite_quality"] > 0
     assert_adds_up(data.report)
-
     words = ("--config.modalities=face", "--config.num_epochs=2", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid,mlp1")
     assert np.isfinite(small_runs.run(config, tmp_path / "run", data)["map"])

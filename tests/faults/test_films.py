@@ -63,7 +63,6 @@ def test_killed_extract_by_two_processes_gives_the_bytes_of_one(drawn, fault_see
                 time.sleep(0.002)
             time.sleep(rng.random() * (0.05 if is_early else 3))
             children = children_of(process.pid)
-
         for path in (out / "videos").glob("[!.]*.json"):  # films that the command has finished
             for name in (f"videos/{path.name}", f"{path.stem}.npz"):
                 assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -222,7 +221,6 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
     for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
         photo = films.photo(drawn_people.picture(faces), codec, orientation=6)
         (tmp_path / name).write_bytes(photo)
-
     for path in tmp_path.glob("a.*"):
         content, outcomes = path.read_bytes(), Counter()
         for number in range(1000 if campaign else 25):

@@ -136,14 +136,12 @@ def test_results_do_not_depend_on_the_environment_of_the_process(wanted, officia
         shutil.copy(path, tmp_path / "data")
     for name in SHADOWS:
         (here / f"{name}.py").write_text(f"open({str(home / name)!r}, 'w')\n")
-
     prefix, offline = ["taskset", "-c", "0"], ["unshare", "-rn"]
     if not subprocess.run([*offline, "true"]).returncode:  # allowed
         prefix = [*offline, *prefix]
     odd = Run(tmp_path / "odd", tmp_path / "data")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
     odd.finish(*prefix, cwd=here, **ODD, **places)
-
     assert not [*home.rglob("*")]  # no file of SHADOWS was imported
     assert {path.stem for path in here.iterdir()} == {*SHADOWS}  # there is no new file
     # config.json differs, because it contains the folder of the data.
@@ -168,7 +166,6 @@ def test_run_is_saved_if_its_terminal_is_closed_or_a_cluster_ends_it(run, wanted
         end(phase, signum, JAX_COMPILATION_CACHE_DIR=empty)
         assert run.output().splitlines()[-1] == "vidjax: stopped"
     assert not checkpoint.manifests(run.workdir)
-
     terminal, inside = os.openpty()
     os.set_blocking(terminal, False)
     process = run.start("setsid", "--ctty", "env", "--default-signal=HUP", stdio=inside)

@@ -59,7 +59,6 @@ def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, 
         for person in range(known):
             clip = f"people/{name_person(person)}/1"
             draft.add({clip: StoredClip(name_person(person), look(person))})
-
     truth = dict[str, str]()
     turn = itertools.cycle(rng.permutation(people).tolist())
     for number in range(films):

@@ -381,8 +381,7 @@ def restore(
     numbers, paths = blend.read_numbers(folder, config), folder.list_runs()
     if config.join.learned and not numbers:
         raise blend.make_missing_error(folder, (*config.data.train_splits, config.eval.split)[-1])
-    configs = [blend.run_config(config, path) for path in paths]
-    runs = tuple(_restore(*one, step, num_devices) for one in zip(paths, configs, strict=True))
+    runs = tuple(_restore(x, blend.run_config(config, x), step, num_devices) for x in paths)
     return JointPredictor(
         workdir=folder.path,
         results=_read_results(folder, None),
@@ -414,7 +413,7 @@ def restore_run(
 
 
 def _restore(path: Path, config: Config, step: str, num_devices: int | None) -> Predictor:
-    """Restores the run in the folder `path`, which is not a blend. `config` decides its scores."""
+    """Restores the run in the folder `path`. `config` is its configuration, maybe for a blend."""
     check_choice("step", step, ("latest", "best"))
     config.eval.checkpoint = step
     programs.cache_programs(files.cache_root())
