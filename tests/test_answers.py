@@ -19,8 +19,8 @@ from pyarrow import parquet as writer
 from tests.helpers import clip_files as made, family_nets, films
 from tests.helpers.drawn_people import write_film, write_models, write_photo
 from tests.helpers.seen import contents
-from vidjax.apps import features_folder, traces
-from vidjax.apps.video import net_checks, net_families, pipeline, still
+from vidjax.apps import traces
+from vidjax.apps.video import media, net_checks, net_families, pipeline, still
 from vidjax.data import parquet
 from vidjax.data.memory import load_clips
 from vidjax.utils import processes
@@ -99,7 +99,7 @@ def read_table(folder):
 
 def search_table(folder):
     path = made.write_parquet(folder / "x.parquet", {"a": {"face": FACES["a"].features}})
-    return lambda: traces.read(path, path.name) and None
+    return lambda: traces.Traces(["Eve"], [], []).in_file(path)
 
 
 def read_labels(folder):
@@ -147,18 +147,22 @@ def read_media(folder, ending):
     with pytest.MonkeyPatch.context() as patch:
         play(patch, TakenOver())
         pipeline.extract_folders({out: [friend]}, **given)
-    known = contents(out)
+    known, (friend,) = contents(out), media.describe_media_files(out)
 
     def act():
-        features_folder.remove_media_file(out, "x")
+        for stem in media.describe_media_files(out).keys() - {friend}:
+            media.remove_media_file(out, stem)
         outcome = pipeline.extract_folders({out: [path]}, **given)[out][0]
         if outcome.error:
             raise UserError(outcome.error)
-        film = features_folder.describe_media_file(out, "x")
-        assert film and film.digest and isinstance(film.faces, dict)
-        wanted = features_folder.FileStamp.of(path, [path] if film.source.sidecars else ())
+        ((stem, film),) = (
+            (x, y) for x, y in media.describe_media_files(out).items() if x != friend
+        )
+        assert film.digest and isinstance(film.faces, dict)
+        wanted = media.FileStamp.of(path, [path] if film.source.sidecars else ())
         right = (film.source.path, film.video) == (path.resolve(), path.name)
-        names = {x for x in contents(out) if not x.startswith(("x.", "videos/x.", "thumbnails/x/"))}
+        own = (f"{stem}.", f"videos/{stem}.", f"thumbnails/{stem}/")
+        names = {x for x in contents(out) if not x.startswith(own)}
         return right and wanted.size == film.source.size and names == {*known}
 
     return act

@@ -1,7 +1,6 @@
 """`vidjax gallery enrol`: many photos, features of photos, tables of people, and interruptions."""
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +65,8 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert [Path(path).name for path in content["failed"]] == ["group.png", "wall.png"]
     assert "group.png: the photo shows 2 faces: give a photo of only one person" in done.err
     assert "wall.png: the photo shows no face" in done.err
-    nothing = clip_inputs.embed_clips(Gallery(folder), friends, ())  # as if all photos were walls
+    # As if all photos were walls.
+    nothing = clip_inputs.embed_clips(Gallery(folder).backend, friends, ())
     assert not nothing.names and [x.shape for x in nothing.parts.values()] == [(0, WIDTH)]
     (friends / "Bob/group.png").unlink()
     (friends / "Bob/wall.png").unlink()
@@ -83,19 +83,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     done = command(*words)
     assert done.code == 1 and "Ada/3.png: clip 'Ada/3' is already enrolled with another" in done.err
     assert "remove the enrolled clip" in done.out and list_clips(folder)["Dan/1"] == "Dan"
-
-
-def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
-    say, command, folder, friends, tmp_path, nets
-):
-    command("gallery", "enrol", folder, f"--photos={friends}")
-    say("extract", friends / "Ada", f"--models={nets}", f"--out={tmp_path / 'features'}")
-    say("gallery", "create", new := tmp_path / "new one", f"--models={nets}")
-    done = command("gallery", "migrate", folder, new, f"--input={tmp_path / 'features'}")
-    assert done.refused("--photos=FOLDER") and not list_clips(new)
-    printed = done.err.partition("again: vidjax ")[2].replace("FOLDER", str(friends))
-    command(*shlex.split(printed))
-    assert list_clips(new) == list_clips(folder) == PHOTOS
 
 
 # Words after `vidjax gallery enrol G` -> part of the error.

@@ -1,9 +1,7 @@
 """Export and import: other runtimes give the same outputs, and a failed export leaves no files."""
 
-import functools
 import importlib.util
 import json
-import re
 import runpy
 import shlex
 import shutil
@@ -18,13 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import ROOT
-from tests.helpers import clip_files, made_galleries, small_runs
+import vidjax
+from tests.helpers import clip_files, docs, made_galleries, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import fusion
 from vidjax.evaluation import predict
-from vidjax.evaluation.export import array_files, formats, function, reader, weights
+from vidjax.evaluation.export import formats, function, weights
 from vidjax.evaluation.export.formats import FORMATS
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
@@ -40,6 +38,7 @@ SYSTEMS = {
     "views": "configs/deepmef.py:iqiyi_vid,published,views --config.ensemble.only=(0,4)",
     "voting": "configs/quality_fusion.py:iqiyi_vid,voting,face,audio",  # a voice for each face
 }
+PAGE = "vidjax/evaluation/export/README.md"
 TINY = np.array([0.0, 1e-9, -1e-9, 3e-5, 0.5, 20.0, -0.9, 1e10], np.float32)
 FLOATS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
@@ -74,11 +73,7 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
     for chosen in FORMATS:
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
             continue  # the packages of the format are not installed
-        if chosen == "numpy" and name != "plda":
-            error = export(made(name), chosen, code=2)
-            assert "--format=numpy supports only runs of configs/plda.py" in error
-            continue
-        assert export(made(name), chosen, to=chosen)["difference"] <= array_files.TOLERANCE
+        assert export(made(name), chosen, to=chosen)["difference"] <= function.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
     assert not list(tmp_path.glob("*.partial"))
@@ -96,14 +91,14 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest, tmp_path, expor
         assert len(clips.inputs["face_mask"]) == len(lengths)  # no clip of unequal modalities
         given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
         answers = dict(zip(formats.OUTPUTS, session.run(list(formats.OUTPUTS), given), strict=True))
-        assert function.difference(answers, clips.expected) <= array_files.TOLERANCE
+        assert function.difference(answers, clips.expected) <= function.TOLERANCE
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
-        assert function.difference({"scores": [other]}, expected) > array_files.TOLERANCE  # 1e-5
+        assert function.difference({"scores": [other]}, expected) > function.TOLERANCE  # 1e-5
 
 
 @pytest.mark.parametrize("logs", [True, False])
@@ -137,11 +132,8 @@ def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
 
     monkeypatch.setitem(FORMATS, "mine", formats.Format("mine.bin", write, (), ""))
     facts = export(nearest_run, "mine")
-    assert 1e-6 < facts["difference"] < array_files.TOLERANCE
+    assert 1e-6 < facts["difference"] < function.TOLERANCE
     assert facts["inputs"].keys() == {*(tmp_path / "out" / "mine.bin").read_text().split()}
-    people = made_galleries.make(tmp_path / "people").folder
-    shutil.rmtree(tmp_path / "out")
-    assert "choose --format=safetensors or --format=numpy" in export(people, "mine", code=2)
 
 
 def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
@@ -211,11 +203,10 @@ def test_wrong_uses_of_a_run_name_remedies(nearest_run, official_dir, tmp_path, 
         f"rank --workdir={run} --out=o.tsv --input='{tmp_path}/my own'": f"='{tmp_path}/my own/te",
         f"gallery list {run}": f"vidjax gallery create NEW_FOLDER --run={run}",
         f"export {run} --to={new}": "export needs --format",
-        f"export {run} --to={run} --format=numpy": "name a new folder",
-        f"export {empty} --to={new} --format=numpy": "no run in",
-        f"export {run} --to={new} --format=numpy --checkpoint=x": "'latest', 'best'",
-        f"export {people} --to={new} --format=numpy --checkpoint=best": "no effect on a gallery",
-        f"export {people} --to={new} --format=onnx": "safetensors or --format=numpy",
+        f"export {run} --to={run} --format=onnx": "name a new folder",
+        f"export {empty} --to={new} --format=onnx": "no run in",
+        f"export {run} --to={new} --format=onnx --checkpoint=x": "'latest', 'best'",
+        f"export {people} --to={new} --format=safetensors": "no run in",
         f"import {empty} --to={new}": "does not contain config.json",
         f"import {run} --to={new}": "does not contain checkpoint.json",
     }.items():
@@ -239,46 +230,6 @@ def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
     programs = [path.name for path in (tmp_path / "cache").rglob("*-cache")]
     assert programs and not [name for name in programs if name.startswith("jit_call")]
-
-
-@pytest.mark.parametrize(("name", "make"), [
-    ("numpy", made_galleries.make), ("safetensors", made_galleries.make),
-    ("numpy", functools.partial(made_galleries.make_with_cards, centre=0.1)),
-], ids=["numpy", "safetensors", "numpy of cards"])  # fmt: skip
-def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make, tmp_path, export):
-    gallery = make(tmp_path / "people")
-    facts = export(gallery.folder, name)
-    assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
-    assert json.loads((tmp_path / "out" / "identities.json").read_text()) == [*gallery.index.names]
-    path = tmp_path / "out" / FORMATS[name].gallery_file
-    arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
-    vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
-    expected = np.stack(list(gallery.index.search(vectors)))
-    answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
-    np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("members", [1, 2])
-def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The oracle is the logarithm of the mean probability of the members."""
-    # The logits of two people differ by 1000 times the first coordinate of a vector.
-    leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
-    ones, nothing = np.ones(members), np.zeros((members, 2, 2))
-    arrays = {
-        "scale": ones - np.arange(members) / 8, "temperature": ones, "unenrolled": ones,
-        "stranger": -9999 * ones, "face/scale": ones, "face/limit": np.inf * ones,
-        "face/known": nothing[:, 0] + 1, "face/transform": nothing + np.eye(2),
-        "face/linear": nothing + np.diag([1000.0, 0]), "face/curve": nothing,
-        **{f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")},
-    }  # fmt: skip
-    vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
-    logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]  # of the first person
-    by_member = arrays["scale"][:, None] * leads  # difference of the logits: [members, vectors]
-    # log(1 - mean probability of the second person), and log(mean probability of the first person)
-    sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
-    other = np.logaddexp.reduce(-np.logaddexp(0, -by_member), axis=0) - np.log(members)
-    np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
-    assert (np.diff(logs) > 0).all()  # as the leads grow
 
 
 def loop(x):
@@ -363,19 +314,26 @@ def test_openvino_operations_equal_jax_operations(core):
         np.testing.assert_allclose(output, wanted, rtol=2e-6, atol=1e-30, err_msg=name)
 
 
+def test_lines_of_the_page_give_the_vectors_and_scores_of_a_run(nearest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(nearest.workdir, "runs/mma")
+    clips = made_galleries.random_clips(nearest, 3, 1)
+    clip_files.write_npz(tmp_path / "features", {"val": clips})
+    exec(docs.snippet(PAGE, "arrays"), own := {"vidjax": vidjax})  # noqa: S102
+    assert own["vectors"].shape[0] == 2 == len(own["scores"])
+    np.testing.assert_allclose(own["vectors"], nearest.embed(clips), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(own["scores"], nearest.scores(clips), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
-@nightly_after_first("name", sorted(FORMATS, key=lambda name: name != "numpy"))  # numpy first
+@nightly_after_first("name", FORMATS)
 def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, export, monkeypatch):
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")
     export(made("plda"), name, to="exported")
-    page = (ROOT / "vidjax/evaluation/export/README.md").read_text()
-    blocks = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
-    (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
+    blocks = [docs.snippet(PAGE, block) for block in ("inputs", name)]
+    (tmp_path / "snippet.py").write_text("\n".join(blocks))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for module in ("exported", "exported.reader"):  # of another case of this test
-        monkeypatch.delitem(sys.modules, module, raising=False)
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
     if name == "safetensors":
         # The shape has one member, and the width 24 of a face twice.
@@ -389,4 +347,4 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
         for n in range(3)
     }
     scores = {"scores": np.asarray(variables["outputs"]["scores"])}
-    assert function.difference(scores, {"scores": run.scores(clips)}) <= array_files.TOLERANCE
+    assert function.difference(scores, {"scores": run.scores(clips)}) <= function.TOLERANCE

@@ -143,8 +143,10 @@ def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path
 def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
     """The unused stream is a second camera. A cover picture gives no warning."""
     single, both = tmp_path / f"single{ending}", tmp_path / f"of both{ending}"
-    films.write(single, [picture([("Ada", 50, 40)])] * 3, "mpeg4", fps=1)
-    films.double(single, both, cover=ending == ".mp4")
+    one = tmp_path / f"one{ending}"
+    for path, name in ((single, "Ada"), (one, "Bob")):
+        films.write(path, [picture([(name, 50, 40)])] * 3, "mpeg4", fps=1)
+    films.double(one, both, cover=ending == ".mp4")
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path, flags=["--quiet"])  # does not hide warnings
         assert f"{path.name}: 3.0 s" in text and "fewer than 2 pictures a second" in text

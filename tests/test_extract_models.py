@@ -22,8 +22,8 @@ pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.features_folder import FaceTrack
 from vidjax.apps.video import net_packages, nets, voices
+from vidjax.apps.video.media import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main

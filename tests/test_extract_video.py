@@ -15,7 +15,7 @@ pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen, xmp
 from tests.helpers.limits import slowness
-from vidjax.apps.video import decode, photos, regions
+from vidjax.apps.video import decode, pictures, regions
 
 Image = pytest.importorskip("PIL.Image")
 CODECS = {"mp4": "libx264", "mkv": "ffv1", "mov": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4",
@@ -52,7 +52,7 @@ def read(path, fps=5):
 
 
 def refused(path, message):
-    return seen.refused(lambda: photos.read_photo(path) or read(path), message)
+    return seen.refused(lambda: pictures.read_photo(path) or read(path), message)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     exif[0x112] = orientation  # the number of this field in EXIF
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
-    read = photos.read_photo(path)
+    read = pictures.read_photo(path)
     assert read and read.orientation == orientation
     assert read.rgb.shape == shown.shape and np.abs(read.rgb.astype(int) - shown).mean() < 6
 
@@ -117,7 +117,7 @@ def test_only_orientations_from_1_to_8_are_read(tmp_path):
     for number in range(10):
         stored = np.ascontiguousarray(xmp.STORED.get(number, xmp.STORED[1])(corner()))
         (tmp_path / "a.jpg").write_bytes(films.photo(stored, "mjpeg", orientation=number))
-        photo = photos.read_photo(tmp_path / "a.jpg")
+        photo = pictures.read_photo(tmp_path / "a.jpg")
         assert photo and photo.orientation == (number if 1 <= number <= 8 else 1)
         assert photo.rgb.shape == (120, 160, 3) and red_corners(photo.rgb) == [0]
 
@@ -344,7 +344,7 @@ def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
-        for function in (read, photos.read_photo):
+        for function in (read, pictures.read_photo):
             with pytest.raises(FileNotFoundError):
                 function(Path(name))
     # The pattern %d.png would match 1.png, whose corner is red.

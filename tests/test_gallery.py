@@ -132,7 +132,7 @@ def test_a_refused_stranger_is_refused_in_every_batch():
     threshold = answers_lib.measure_threshold(best, 0.05, 12)
     refused_scores = best[best < threshold.score]
     assert len(refused_scores) == 99 - threshold.num_alarms == 95
-    rule = answers_lib.NamingRule("fpir", threshold.score, False, threshold, "")
+    rule = answers_lib.Rule("fpir", threshold.score, False, threshold, "")
     for error in (-5e-8, 5e-8):
         assert not rule.names(refused_scores * (1 + error)).any()
 
@@ -158,7 +158,7 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
 def test_a_name_needs_a_measured_threshold_or_one_half_or_the_choice_of_the_user(
     by, least, others, named
 ):
-    rule = answers_lib.NamingRule(by, np.log(least), default=False, threshold=None, about="")
+    rule = answers_lib.Rule(by, np.log(least), default=False, threshold=None, about="")
     probabilities = np.array([0.3, 0.5, 0.51])
     with np.errstate(divide="ignore"):
         names = rule.names(np.log(probabilities), np.log(others))

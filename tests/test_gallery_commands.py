@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import warnings
@@ -103,6 +102,27 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     assert made_galleries.contents(folder) == before
 
 
+def test_commands_read_a_result_and_refuse_to_change_it(tell, made, tmp_path, monkeypatch):
+    """A result is a gallery that another command has made."""
+    monkeypatch.chdir(tmp_path)
+    folder, new = tmp_path / "names" / "gallery", write_clips(tmp_path / "new", "Ada")
+    Gallery.of_clips(folder, made.origin, made.backend, made.clips, "vidjax review names")
+    before = contents(folder)
+    for words in (
+        ("enrol", f"--input={new}", "--identity=Ada"), ("remove", "--identity=person 3"),
+        ("remove", "--clip=clip 30"), ("rename", "--identity=person 3", "--to=Ada"),
+        ("relabel", "--clip=clip 30", "--strangers"),
+    ):  # fmt: skip
+        error = tell(words[0], folder, *words[1:], code=2)
+        assert "'names/gallery' is a result of another command" in error
+        assert "to change names: vidjax review names" in error
+    answers = tell("identify", folder, f"--input={new}", "--json")["answers"]
+    assert answers == tell("identify", made.folder, f"--input={new}", "--json")["answers"]
+    tell("verify", folder, "--identity=person 3", f"--input={new}")
+    tell("rank", folder, f"--input={new}", f"--out={tmp_path / 'ranking.txt'}")
+    assert "person 3" in tell("list", folder, "--clips") and contents(folder) == before
+
+
 def list_rows(answers):
     """Returns answers as rows of a table. A row has the three best people of a clip."""
     columns = [f"{column}_{place}" for place in (1, 2, 3) for column in ("best", "probability")]
@@ -169,7 +189,7 @@ def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_p
 
 
 def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
-    """Names without .mp4 are stored. Galleries of older versions may contain names with it."""
+    """Names without .mp4 are stored."""
     clip = {"face": np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)}
     for name, asked, words in (
         ("a", "a", "1 clip, 0 enrolled"), ("a.mp4", "a.mp4", "0 clips, 1 enrolled"),
@@ -183,7 +203,7 @@ def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     tell("remove", folder, "--clip=a.mp4")
     old = made_galleries.make(tmp_path / "old", {"c.mp4": made_galleries.make_clip(1, "Ada")})
     vectors = made_galleries.vectors_of(old, {"c": made_galleries.make_clip(1, "Ada")})
-    assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and len(old.clips) == 1
+    assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and [*old.clips] == ["c"]
     with pytest.raises(UserError, match="two clips are called 'x'"):
         made_galleries.add(old, {x: made_galleries.make_clip(2, "Bob") for x in ("x", "x.mp4")})
     assert old.remove(clip="c") == 1
@@ -249,7 +269,6 @@ MISTAKES = {
     "create H --models=. --strangers=val": "has no effect with --models: leave it out",
     "identify G --split=val --k=nan": "must be a whole number from 1",
     "remove G --identity=13": "no identity '13' is enrolled",
-    "export G --out=x.csv": "end the name in .parquet",
     "identify G --input=TABLES --out=answers.csv": "--out=FOLDER",
     "identify G --input=TABLES --out=TABLES": "name another folder",
     "rank G --input=TABLES --out=ranking.txt": "--out=FOLDER",
@@ -262,24 +281,6 @@ def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder, day):
         given = words.replace(" G", f" {folder}").replace("TABLES", str(day)).split()
         assert remedy in tell(*given, code=2), words
     assert made_galleries.contents(folder) == before
-
-
-def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
-    people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
-    enrolled = {name: clip for name, clip in people.clips.items() if clip.identity}
-    words = ("export", people.folder, f"--out={table}")
-    assert f"clips       {len(enrolled)}" in tell(*words)
-    assert stat.S_IMODE(table.stat().st_mode) == 0o600
-    rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
-    assert rows.keys() == enrolled.keys()
-    for name, clip in enrolled.items():
-        assert rows[name]["identity"] == clip.identity
-        white_parts = people.backend.whiten(people.backend.split(clip.vector[None]))
-        for part, (white,) in zip(people.backend.widths, white_parts, strict=True):
-            # If the clip lacks a part (face or audio), `white` is NaN. The table has zeros.
-            wanted = white / (np.linalg.norm(white) or 1)
-            np.testing.assert_allclose(rows[name][part], wanted, atol=1e-6)
-    assert "exists and is not overwritten" in tell(*words, code=2)
 
 
 # The page contains programs for Ray Data: name -> program.

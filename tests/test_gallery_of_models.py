@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import scipy
 
+import vidjax
 from tests.benchmarks import decision
-from tests.helpers import made_nets
+from tests.helpers import docs, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.gallery import array_export, backend, card_notes, grouping, labelling, ratios
+from vidjax.apps.gallery import audit, backend, card_notes, grouping, ratios
 from vidjax.apps.gallery.answers import Answer, join_answers, read_groups, write_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Index
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import naming, subtitles
-from vidjax.evaluation.export import reader
 from vidjax.models import card_backend
 from vidjax.utils.errors import VidjaxWarning
 
+PAGE = "vidjax/apps/gallery/README.md"
 VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
 CARD = made_nets.back_end(SAME, DIFFERENT, WIDTH)
 BACKEND = backend.make_card_backend({"face": cards.BackEnd(**CARD)})
@@ -56,6 +58,11 @@ def models(tmp_path):
 @pytest.fixture
 def gallery(tmp_path, models):
     return Gallery.of_models(tmp_path / "g", models)
+
+
+def adopt(gallery, models, **options):
+    with gallery.change() as draft:
+        return card_notes.adopt(draft, models, **options)
 
 
 def faces(name, vectors):
@@ -93,7 +100,6 @@ for words in (
     "enrol g --input=in/0.npz --identity=Ada",
 ):
     assert main(["gallery", *words.split()]) == 0, words
-assert main(["export", "g", "--to=arrays", "--format=numpy"]) == 0
 """
 
 
@@ -149,21 +155,26 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
     plain = (small.astype(np.float64) / factor).astype(np.float32)
     wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
     assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
-    logs = reader.log_probabilities(array_export.make_arrays(gallery), {"face": small})
-    for row, (name, answer) in enumerate(wanted.items()):
+    for name, answer in wanted.items():
         best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
         assert list(answers[name].best) == best and answers[name].identity == answer.identity
-        assert np.exp(logs[row, 1:].max()) == pytest.approx(answer.probability, abs=1e-5)
     gallery.enrol({"small": {"face": small[:1]}}, "Small")  # does not resemble other small vectors
     assert gallery.identify(faces("x", small[6:7]))["x0"].identity is None
 
 
-def test_arrays_with_other_scores_than_the_gallery_are_not_exported(tmp_path, gallery, monkeypatch):
-    gallery.enrol(faces("a", draw(5, people=1, clips=1)[0]), "Ada")
-    right = array_export.make_arrays(gallery)
-    wrong = right | {"stranger": right["stranger"] + 1}
-    monkeypatch.setattr(array_export, "make_arrays", lambda _: wrong)
-    refused(lambda: array_export.write_gallery("numpy", gallery, tmp_path), "nothing was exported")
+def test_lines_of_the_page_give_the_vectors_of_a_gallery(tmp_path, gallery, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gallery.folder.rename("people")
+    ada, other = draw(5, people=2, clips=2)
+    gallery = Gallery("people")
+    gallery.enrol(faces("a", ada), "Ada")
+    gallery.enrol(faces("s", other), strangers=True)
+    exec(docs.snippet(PAGE, "arrays"), own := {"vidjax": vidjax, "np": np})  # noqa: S102
+    assert own["people"] == {"a0": "Ada", "a1": "Ada", "s0": None, "s1": None}
+    clips = faces("a", ada) | faces("s", other)
+    embedded = gallery.embed({name: clips[name] for name in own["people"]})
+    assert np.array_equal(own["faces"], embedded.parts["face"]) and not own["others"]
+    np.testing.assert_allclose(np.linalg.norm(own["faces"], axis=1), 1, rtol=1e-6)
 
 
 def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_path, gallery):
@@ -193,7 +204,8 @@ def test_added_nets_complete_clips_and_replaced_nets_remove_them(tmp_path, galle
     before = gallery.identify(asked)["query"]
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     enrolling, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
-    assert card_notes.adopt(gallery, models) == ("audio",)
+    adopt(gallery, models)
+    assert {*gallery.backend.widths} == {"audio", "face"}
     # `enrol` reads the gallery with voices, in which the clip is already enrolled.
     assert enrolling.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
     assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
@@ -201,53 +213,42 @@ def test_added_nets_complete_clips_and_replaced_nets_remove_them(tmp_path, galle
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
     clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
-    assert labelling.complete(gallery, gallery.embed(clips)) == {"ada 1"}  # has the same face
+    vectors = {name: x.vector for name, x in select_usable_clips(gallery.embed(clips)).items()}
+    with gallery.change() as draft:
+        assert draft.complete(vectors) == {"ada 1"}  # has the same face
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
     (new := tmp_path / "new").mkdir()
     made_nets.write(new, "embed", width=7, back_end=made_nets.back_end(width=7))
     made_nets.write(new, "voice", "voice_embedder", back_end=made_nets.back_end())
-    refused(lambda: card_notes.adopt(gallery, new), "other nets for face", "--out=DIR")
+    refused(lambda: adopt(gallery, new), "other nets for face", "--out=DIR")
     refused(lambda: Gallery(gallery.folder, run=tmp_path), "made from nets", "--run")
-    assert card_notes.adopt(gallery, new, replace=True) == ("face",)
-    assert gallery.people == {"Ada": ("ada 1",)} and card_notes.adopt(gallery, new) == ()
+    version = gallery.version
+    adopt(gallery, models)
+    assert gallery.version == version, "nothing is new"
     assert gallery.identify({"q": {"audio": VOICE}})["q"].identity == "Ada"
 
 
-def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery, models, say):
-    """Labels and strangers are copied. Bob has no clip in the new features."""
-    ada, bob, eve, zoe = draw(5, people=4, clips=4)
-    for name, vectors in {"Ada": ada, "Bob": bob[:1], "Eve": eve}.items():
-        gallery.enrol(faces(name.lower(), vectors), name)
-    gallery.relabel("eve3", None)
-    turned = np.roll(np.eye(WIDTH, dtype=np.float32), 1, axis=0)  # another net
-    (new := tmp_path / "new models").mkdir()
-    made_nets.write(new, "embed", width=WIDTH, back_end=CARD, notes="another net")
-    to, features = Gallery.of_models(tmp_path / "to", new), tmp_path / "turned"
-    for folder, clips in (("turned", faces("ada", ada[:3])), ("rest", faces("eve", eve))):
-        clips |= faces(f"zoe {folder}", zoe[:1])  # whom the gallery lacks
-        write_npz(tmp_path, {folder: {x: {"face": y["face"] @ turned} for x, y in clips.items()}})
-    words = ("gallery", "migrate", gallery.folder, to.folder)
-    done = say(*words, f"--input={features}", "--json", code=1)
-    assert (done["moved"], done["unchanged"], done["lost"]) == (3, 0, ["Bob", "Eve"])
-    assert done["missing"] == ["ada3", "bob0", "eve0", "eve1", "eve2", "eve3"]
-    gallery.relabel("ada2", "Eve")  # before the second call
-    output = say(*words, f"--input={tmp_path / 'rest'}", code=1)
-    assert "no clip left  1: Bob" in output and "2 clips: ada3, bob0" in output
-    done = say(*words, f"--input={features}", "--json", code=1)
-    assert (done["moved"], done["unchanged"]) == (1, 2), "only ada2 has another label"
-    assert done["relabelled"] == {"ada2": "Ada"}
-    to.refresh()
-    kept = {name: clip.identity for name, clip in gallery.clips.items()}
-    del kept["ada3"], kept["bob0"]
-    assert {name: clip.identity for name, clip in to.clips.items()} == kept
-    assert to.strangers == ["eve3"]
-    assert to.identify({"q": {"face": ada[3:] @ turned}})["q"].identity == "Ada"
-    # All or nothing: nothing is changed if NEW contains other clips, or nothing fits.
-    before = to.digest
-    say("gallery", "migrate", to.folder, gallery.folder, f"--input={features}", code=2)
-    write_npz(tmp_path, {"others": faces("zoe", zoe)})
-    assert "clip names" in say(*words, f"--input={tmp_path / 'others'}", code=2)
-    assert to.digest == before
+def test_lines_of_the_page_enrol_people_in_a_gallery_of_another_net(tmp_path, monkeypatch):
+    """The new features lack a clip of Ada. They have clips of a stranger."""
+    monkeypatch.chdir(tmp_path)
+    (ada, bob, eve), turned = draw(5, people=3, clips=4), np.roll(np.eye(WIDTH), 1, axis=0)
+    for name, note in (("people", "a net"), ("better", "another net")):
+        (tmp_path / f"of {name}").mkdir()
+        made_nets.write(tmp_path / f"of {name}", "embed", width=WIDTH, back_end=CARD, notes=note)
+        Gallery.of_models(name, tmp_path / f"of {name}")
+    clips = faces("ada", ada) | faces("bob", bob) | faces("eve", eve)
+    old, owners = Gallery("people"), {"ada": "Ada", "bob": "Bob"}
+    old.enrol(clips, {x: owners[x[:3]] for x in clips if x[:3] in owners})
+    del clips["ada3"]
+    write_npz(
+        tmp_path, {"new_features": {x: {"face": y["face"] @ turned} for x, y in clips.items()}}
+    )
+    own = {"vidjax": vidjax, "__name__": "page"}
+    with pytest.warns(VidjaxWarning, match="no clip is called 'ada3'"):
+        exec(docs.snippet(PAGE, "new net"), own)  # noqa: S102
+    better = Gallery("better")
+    assert better.people == {"Ada": ("ada0", "ada1", "ada2"), "Bob": old.people["Bob"]}
+    assert better.identify({"q": {"face": ada[3:] @ turned}})["q"].identity == "Ada"
 
 
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
@@ -546,7 +547,7 @@ def test_right_clips_strangers_and_twins_are_not_reported(gallery, photos, monke
     gallery.enrol({"twin 3": clips.pop("twin 3")}, "twin")
     assert {*gallery.enrol(clips, "twin").rivals.values()} <= {"person 1"}
     # Too many clips are compared in part: of copies under another name, 3 are reported.
-    monkeypatch.setattr(labelling, "MOST_PAIRS", 3 * (len(gallery) + 10))
+    monkeypatch.setattr(audit, "MOST_PAIRS", 3 * (len(gallery) + 10))
     copies = {f"copy {n}": {"face": photos[n, :1]} for n in range(10)}
     found = gallery.enrol(copies, {name: f"x {name}" for name in copies}).rivals
     assert [*found] == ["copy 0", "copy 1", "copy 2"]

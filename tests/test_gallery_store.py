@@ -28,7 +28,7 @@ from tests.campaigns import gallery_kills
 from tests.helpers import made_galleries
 from tests.helpers.cases import quick_first
 from tests.helpers.made_galleries import WIDTHS, add, answers, contents, make, make_clip
-from tests.helpers.seen import refused
+from tests.helpers.seen import contents as folder_contents, refused
 from vidjax.apps.gallery import enrolment, index as index_lib, store as store_lib
 from vidjax.apps.gallery.backend import fit
 from vidjax.apps.gallery.gallery import Gallery
@@ -161,6 +161,32 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     ):
         refused(change, *words)
     assert contents(gallery.folder) == before and gallery.version == 1
+
+
+def test_a_gallery_that_is_a_result_is_read_and_changed_only_by_its_command(gallery, tmp_path):
+    command = "vidjax review names"
+    folder = tmp_path / "names" / "gallery"
+    result = Gallery.of_clips(folder, gallery.origin, gallery.backend, gallery.clips, command)
+    before = folder_contents(folder)
+    for change in (
+        lambda: result.enrol(made_galleries.vectors_of(result, NEW)), lambda: add(result, NEW),
+        lambda: result.remove(identity="person 3"), lambda: result.relabel("clip 30", None),
+        lambda: result.rename("person 3", "Ada"),
+    ):  # fmt: skip
+        text = refused(change, "is a result of another command", f"to change names: {command}")
+        assert text.count("\n") == 1
+    with pytest.raises(store_lib.ResultError), result.change(command="vidjax review other"):
+        pass
+    assert folder_contents(folder) == before and answers(result) == answers(gallery)
+    assert result.identities == gallery.identities
+    with result.change(command=command) as draft:  # adds to the file
+        draft.add(NEW)
+    with result.change(command=command) as draft:  # writes the file again
+        draft.remove(identity="person 3")
+    assert Gallery(folder).command == command and gallery.command == ""
+    refused(lambda: Gallery(folder).remove(identity="new"), command)
+    with gallery.change(command=command) as draft:  # any command may change other galleries
+        draft.remove(identity="person 3")
 
 
 def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path, capsys):
@@ -600,15 +626,13 @@ def test_a_gallery_of_an_earlier_version_keeps_its_answers_and_removes_people(pa
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
     people, before = Gallery(tmp_path), contents(tmp_path)
-    # Only galleries of version 0.1.0 contain denied names, which are moved to the log.
-    assert bool(people.state.denied) == path.stem.endswith("denied")
     check_frozen(people, frozen)
     assert (tmp_path / store_lib.GALLERY_FILE).read_bytes() == frozen["sqlite"].tobytes()
     add(people, {"new": StoredClip("new", np.ones(frozen["shown"].shape[1], np.float32))})
     people.remove(identity="new")
     for opened in (people, Gallery(tmp_path)):
         check_frozen(opened, frozen)
-    assert contents(tmp_path) == before and not Gallery(tmp_path).state.denied
+    assert contents(tmp_path) == before
     if not path.stem.endswith("run"):  # whose back end would be fitted again, for seconds
         people.remove(identity=(name := max(people.people)))
         assert not holds(people, name.encode())

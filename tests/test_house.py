@@ -20,8 +20,7 @@ MODULES = {
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
 # The same for vidjax/apps/.
 APPS = (
-    "bulk", "cards", "server_limits", "web", "said", "features_folder", "earlier_said", "gallery",
-    "traces", "forget", "video", "serve",
+    "bulk", "cards", "server_limits", "web", "gallery", "video", "traces", "forget", "serve",
 )  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
@@ -42,14 +41,12 @@ def nodes(path):
 
 @functools.cache
 def imports(path):
-    """Returns the modules that a file imports, in functions too, except for type checkers."""
-    modules, ignored = set(), set()
-    for node in nodes(path):  # an `if` comes before its body
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            ignored |= {*node.body}
-        elif isinstance(node, ast.Import) and node not in ignored:
+    """Returns the modules that a file imports, also in functions and for type checkers."""
+    modules = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node not in ignored:
+        elif isinstance(node, ast.ImportFrom):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules |= {name if name in MODULES else str(node.module) for name in names}
     return modules

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import shutil
-import zipfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import assert_equal
 from tests.helpers.seen import refused
-from tests.helpers.small_runs import ROOT, evaluate, training_sets, weights
+from tests.helpers.small_runs import evaluate, training_sets, weights
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import eval_step, predict
 from vidjax.models.build_system import TaskSpec, make_model
@@ -116,54 +113,29 @@ def restored(folder):
     return predict.restore_run(folder, num_devices=1)
 
 
-def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run, data, tmp_path):
-    folder, run = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
-    digests, earlier = small_runs.make_earlier(folder), restored(folder)
-    assert earlier.identities == run.identities
-    np.testing.assert_array_equal(earlier.scores(data), run.scores(data))
-    # A gallery of the run compares this digest.
-    known = {"files": earlier.manifest["files"], **digests}
-    assert earlier.digest == files.sha256_json([known, config_io.to_json(earlier.config)])
-    sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b"), np.eye(1, 2, dtype=bool))
-    members_file.write_copies(tmp_path, [*run.identities[::-1]], sets)  # of another run
-    for name, damage in (
-        *((name, (tmp_path / name).read_bytes()) for name in COPIES),
-        ("members.npz", b""), ("members.npz", None),
-    ):  # fmt: skip
-        content = (folder / name).read_bytes()
-        (folder / name).unlink()
-        if damage is not None:
-            (folder / name).write_bytes(damage)
-        with pytest.raises(checkpoint.CheckpointError, match=f"{folder / name}'") as caught:
-            restored(folder)
-        assert len(str(caught.value).splitlines()) == 2
-        (folder / name).write_bytes(content)
-    assert restored(folder).digest == earlier.digest
+def test_run_of_an_earlier_version_is_refused_in_two_lines(nearest_run, data, tmp_path):
+    folder = shutil.copytree(nearest_run, tmp_path / "run")
+    small_runs.make_earlier(folder)
+    (folder / "metrics.json").unlink()
+    for use in (restored, lambda x: public.train_run(RunFolder(x).config, RunFolder(x), data)):
+        with pytest.raises(
+            checkpoint.CheckpointError, match="an earlier version of vidjax wrote"
+        ) as caught:
+            use(folder)
+        assert str(caught.value).splitlines()[1:] == ["train the run again, in a new folder"]
 
 
-def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migrate(tmp_path):
-    """That version has trained the run, made the gallery and written the answers."""
-    with zipfile.ZipFile(ROOT / "tests/helpers/frozen_galleries/with_run_0_1_0.zip") as content:
-        content.extractall(tmp_path)
-    clips: dict[str, Any] = {}
-    for name, features in np.load(tmp_path / "queries.npz").items():
-        clip, _, modality = name.partition("/")
-        clips.setdefault(clip, {})[modality] = features
-    gallery, counts = vidjax.Gallery(tmp_path / "gallery"), list[int]()
-    found = gallery.identify(clips, k=6)
-    gallery.embed(clips, advance=counts.append)
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert len(answers) == 16 == sum(counts)
-    for clip, answer in answers.items():
-        assert found[clip].identity == answer["identity"]
-        assert dict(found[clip].best) == pytest.approx(dict(answer["best"]), abs=1e-6)
-    path = tmp_path / "runs/run/checkpoints/1/manifest.json"
-    manifest = files.read_manifest(path)
-    manifest["arrays"] = {f"{name}['old']": kind for name, kind in manifest["arrays"].items()}
-    files.write_manifest(path, manifest)
+def test_gallery_whose_run_cannot_be_read_names_the_commands_for_a_new_one(
+    nearest_run, data, tmp_path
+):
+    run = shutil.copytree(nearest_run, tmp_path / "run")
+    gallery = vidjax.Gallery.create(tmp_path / "gallery", run, data)
+    for step, manifest in checkpoint.manifests(run).items():
+        manifest["arrays"] = {f"{name}['old']": kind for name, kind in manifest["arrays"].items()}
+        files.write_manifest(run / "checkpoints" / str(step) / "manifest.json", manifest)
     refused(
-        lambda: vidjax.Gallery(tmp_path / "gallery").identify(clips),
-        "gallery create NEW --run=FOLDER --empty", f"gallery migrate {tmp_path / 'gallery'} NEW",
+        lambda: vidjax.Gallery(gallery.folder).identify({"a": {"face": np.ones((1, 24))}}),
+        "gallery create NEW --run=FOLDER --empty", "gallery enrol NEW --input=FEATURES",
     )  # fmt: skip
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import gallery as made
-from tests.helpers import clip_files, limits, made_nets
+from tests.helpers import clip_files, docs, limits, made_nets
 from tests.helpers.limits import ROOT
 from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.cli.program import main
 
 NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
@@ -94,10 +93,11 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
 
 
 @pytest.mark.slow
-def test_programs_that_ask_qdrant_give_the_answers_of_the_gallery(monkeypatch, tmp_path):
+def test_program_that_copies_people_to_qdrant_finds_the_person_of_the_gallery(
+    monkeypatch, tmp_path
+):
     pytest.importorskip("qdrant_client")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("QDRANT", ":memory:")
     rng, card = np.random.default_rng(0), made_nets.back_end((0.8, 0.075), (0.0, 0.125), width=64)
     centres = rng.standard_normal((3000, 64), np.float32)
@@ -105,29 +105,10 @@ def test_programs_that_ask_qdrant_give_the_answers_of_the_gallery(monkeypatch, t
     clips = {f"clip_{n}": StoredClip(f"person_{n}", row) for n, row in stored}
     backend = backend_lib.make_card_backend({"face": BackEnd(**card)})
     people = Gallery.of_clips(tmp_path / "people", made.CARDS, backend, clips)
-    shown = centres[:12]
-    shown[1::2] = rng.standard_normal((6, 64))  # strangers
-    shown = made.near(shown, rng)
-    nearest = [*people.index.nearest([shown], 1000)]
-    # The programs of the page read a table, and an exported folder.
-    assert main(["gallery", "export", "people", "--out=people.parquet"]) == 0
-    assert main(["export", "people", "--to=exported", "--format=safetensors", "--quiet"]) == 0
-    page = RECIPES.read_text()
-    few, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
-    (many,) = re.findall(r"<!-- recipe: many -->\n```python\n(.*?)```", page, re.S)
-    for name, program in (("few", few), ("many", many)):
-        Path(f"{name}.py").write_text(program)
-    client, recipe = runpy.run_path("few.py")["client"], runpy.run_path("many.py")
-    recipe["upload"]()
-    for one, photo in zip(nearest[::2], shown[::2], strict=True):
+    shown = made.near(centres[:6], rng)
+    Path("copy_people.py").write_text(docs.snippet(str(RECIPES), "recipe: qdrant"))
+    client = runpy.run_path("copy_people.py")["client"]
+    for one, photo in zip(people.index.nearest([shown], 1), shown, strict=True):
         (white,) = people.backend.whiten([photo[None]])
         (best,) = client.query_points("people", white[0].tolist(), using="face", limit=1).points
         assert best.payload["identity"] == one.best[0][0]
-    for one, (best, _) in zip(nearest, recipe["identify"](shown), strict=True):
-        names, probabilities = zip(*best, strict=True)
-        wanted, logs = zip(*one.best[: len(best)], strict=True)
-        assert names == wanted
-        np.testing.assert_allclose(probabilities, np.exp(logs), atol=1e-6)
-        np.testing.assert_allclose(np.diff(np.log(probabilities)), np.diff(logs), atol=1e-6)
-    for name in ("exported", "exported.reader"):
-        del sys.modules[name]

@@ -24,7 +24,7 @@ import pytest
 
 import vidjax
 from tests.benchmarks import scores, speed
-from tests.helpers import drawn_people, made_nets
+from tests.helpers import docs, drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import CLOSED_FORM, LAYER, ROOT
 from vidjax.cli import program, run_commands
@@ -97,11 +97,7 @@ def forget_own():
 
 
 def example(name, page="README.md"):
-    """Returns the code block of a page below `<!-- NAME -->`."""
-    pattern = rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```\n"
-    blocks = re.findall(pattern, PAGES[page].read_text(), re.DOTALL)
-    assert len(blocks) == 1, f"{page}: {len(blocks)} blocks of `<!-- {name} -->`"
-    return blocks[0]
+    return docs.snippet(page, name)
 
 
 def write(name, kind="own", page="README.md"):
@@ -397,7 +393,7 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
 
 def test_every_test_in_the_fault_table_exists():
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", PAGES["tests/README.md"].read_text(), re.M)
-    assert [int(number) for number, _ in rows] == list(range(1, 65))
+    assert [int(number) for number, _ in rows] == list(range(1, 66))
     for number, cell in rows:
         tests = re.findall(r"`([^`]+)::(test_\w+)`", cell)
         assert tests and len(tests) == cell.count("::"), number

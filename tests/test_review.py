@@ -1,11 +1,12 @@
 """`vidjax review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import asyncio
-import contextlib
+import html
 import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,9 +17,9 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.helpers import browser, limits, made_shelf
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
 from tests.helpers.made_shelf import SITE, TOKEN
-from vidjax.apps import said
+from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import corrections, names_page, results, review
+from vidjax.apps.video import actions, log, names_page, results, review
 
 pytestmark = pytest.mark.usefixtures("read_here")
 MORE = (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)])  # the shots of more.mkv
@@ -39,7 +40,7 @@ class Reviewed:
     def open(self, page=None):
         """Opens the page of the results."""
         out, self.before = self.drawn.out, self.names()
-        self.review = page or review.Review(out, made_shelf.decide(out), padding=0.25)
+        self.review = page or actions.Review(out, made_shelf.decide(out), padding=0.25)
         self.client = made_shelf.open_client(self.review)
         return self
 
@@ -62,7 +63,7 @@ def drawn(place, command):
 
 @pytest.fixture(autouse=True)
 def never_idle(monkeypatch):
-    monkeypatch.setattr(corrections, "IDLE_SECONDS", 0)  # results are written after this time
+    monkeypatch.setattr(actions, "IDLE_SECONDS", 0)  # results are written after this time
 
 
 @pytest.fixture
@@ -223,7 +224,6 @@ def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
 def test_every_change_can_be_made_with_keys_only(tmp_path):
     out = made_shelf.make(tmp_path / "keys", people=9, films=4, known=2, faces=9).out
-    said.append(out, [])
     words = (sys.executable, "-um", "vidjax", "review", out)
     with limits.running(words, cwd=limits.ROOT) as server, browser.Browser(tmp_path / "b") as page:
         assert server.stdout
@@ -331,11 +331,11 @@ def test_films_and_photos_are_sent_as_what_they_contain_and_never_as_pages(revie
 def test_names_are_written_from_one_state_although_another_program_renames(reviewed, drawn):
     page, write = drawn.out / "names.html", results.write
 
-    def rename_first(out, decision, padding):
-        with contextlib.suppress(ValueError):
-            Gallery(out / "gallery").rename("Ada", "Eva")
+    def rename_first(out, gallery, decision, padding, **options):
+        (ada,) = decision.said.find_people("Ada")
+        log.append(out, [log.Line(says="person", person=ada, name="Eva")])
         assert page.exists(), "the old page stays until the new page is written"
-        write(out, decision, padding)
+        return write(out, gallery, decision, padding, **options)
 
     before = reviewed.names()
     with mock.patch.object(results, "write", rename_first):
@@ -345,7 +345,7 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
     reviewed.review.save()
     assert reviewed.names() == {c: "Eva" if x == "Ada" else x for c, x in before.items()}
     with pytest.raises(OSError), mock.patch.object(names_page, "render", side_effect=OSError):
-        results.write(drawn.out, reviewed.review._decision)
+        results.write(drawn.out, reviewed.review._gallery, reviewed.review._decision)
     assert ">Eva<" in page.read_text() and reviewed.names()
 
 
@@ -380,18 +380,19 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
 
 
 def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, monkeypatch):
-    numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
-    content = numbers.read_bytes()
-    numbers.unlink()
-    numbers.mkdir()  # nothing can be read or written at this path
+    said, bob = drawn.out / log.NAME, {"do": "name", "of": "unknown 1", "person": "Bob"}
+    content = said.read_bytes()
+    said.unlink()
+    said.mkdir()  # nothing can be read or written at this path
     for action in ("change", "undo"):
         assert "Nothing was changed" in reviewed.post(action, status=422, **bob)
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-    numbers.rmdir()
-    numbers.write_bytes(content)
+    said.rmdir()
+    said.write_bytes(content)
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
     client = reviewed.client  # raises every exception that the application does not handle
-    shown = reviewed.review._decision._replace(films=[])  # another program has changed the films
+    faces = reviewed.review._decision.faces._replace(films=[])  # another program has changed films
+    shown = reviewed.review._decision._replace(faces=faces)
     with mock.patch.object(reviewed.review, "_decision", shown):
         assert client.get("frame/party.s000.t00").status_code == 404
     assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
@@ -401,15 +402,21 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
         return {"type": "http.disconnect"}
 
     # Neither raises an error, and no picture is decoded.
-    with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
+    with mock.patch.object(actions.Review, "frame", side_effect=AssertionError):
         for method, path in (("POST", "change"), ("GET", "frame/party.s000.t00")):
             scope = {"type": "http", "method": method, "path": f"/{TOKEN}/{path}"}
             asyncio.run(client.app(scope | {"headers": [(b"host", b"127.0.0.1:8123")]}, call, call))
-    monkeypatch.setattr(results, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
-    reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery
-    shutil.rmtree(drawn.out / "gallery")
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
+        reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the log
+    assert "Eve" not in reviewed.names().values()
+    said.write_bytes(said.read_bytes() + b"damaged\n")
     answer = client.get("")
-    assert answer.status_code == 503 and "gallery" in answer.text
+    assert answer.status_code == 503
+    assert f"of '{said}' is damaged" in html.unescape(answer.text)
+    said.write_bytes(said.read_bytes().removesuffix(b"damaged\n"))
+    reviewed.review.save()
+    assert {"Bob", "Eve"} <= {*reviewed.names().values()}
 
 
 def test_review_opens_the_page_without_films_photos_and_nets(reviewed, drawn, monkeypatch):
@@ -419,7 +426,7 @@ def test_review_opens_the_page_without_films_photos_and_nets(reviewed, drawn, mo
     for path in paths:
         path.rename(drawn.folder / f"away {path.name}")
 
-    def serve(page):
+    def serve(page, *_):
         client = reviewed.open(page).client
         pictures = re.findall('<img[^>]* src="([^"]+)"', client.get("").text)
         assert pictures and all(client.get(x).status_code == 200 for x in pictures)
@@ -461,13 +468,76 @@ def test_forgotten_person_leaves_no_trace_in_the_folder_but_photos_are_named(rev
     note.write_text("Eva")
     text = reviewed.post(do="forget", of="Eva", view="person=Eva")
     note.unlink()
-    assert "Saved: Eva is forgotten in this folder." in text and f"\n{photo}\n{drawn.out}\n" in text
-    assert "<title>Who appears" in text and "Undo: unknown 1 is Bob" in text
+    assert "Saved: Eva is forgotten in this folder." in text and f"\n{photo}\n{note}\n" in text
+    # The undo steps contain what was said about her.
+    assert "<title>Who appears" in text and "Undo:" not in text
+    assert "there is no change to undo" in reviewed.post("undo", status=422)
     names = reviewed.names()
     assert "Eva" not in names.values() and "Bob" in names.values()
     done = say("forget", "--identity=Eva", drawn.out, "--json", code=0)
     assert done["places"] == [] and "Eva" not in (drawn.out / "said.jsonl").read_text()
-    assert [*(drawn.out / "people").rglob("*")] == []
+    assert {path.name for path in (drawn.out / "people").rglob("*") if path.is_file()} == {
+        ".lock", "extract.json"
+    }  # fmt: skip
+    for path in filter(Path.is_file, drawn.out.rglob("*")):
+        assert not re.search(rb"\b(Ada|Eva)\b", path.read_bytes()), path
     photo.unlink()
     write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
     assert not {"Ada", "Eva"} & {*reviewed.names_after_restart().values()}
+
+
+def test_names_are_given_without_a_browser(reviewed, drawn):
+    before = reviewed.before
+
+    def give(*names, code=0):
+        return drawn.run("review", drawn.out, *(f"--name={name}" for name in names), code=code)
+
+    give("unknown 1=Ann", "unknown 2 = A=B")
+    new = {"unknown 1": "Ann", "unknown 2": "A=B"}
+    assert drawn.names() == {clip: new.get(name, name) for clip, name in before.items()}
+    content = give("A=B=Bob", "Bob=Ann", "Ada=Eva").content  # one after the other; Ann and Bob join
+    assert content["people"].keys() == {"Ann", "Eva"} and content["groups"] == 0
+    names = drawn.names()
+    assert {*names.values()} == {"Ann", "Eva"} and names == reviewed.names_after_restart()
+    # If one of the names is refused, none of them is given.
+    lines = log.read(drawn.out)
+    for words, name in {
+        "nobody with the name before the =": "Zoe=Ada", "--name=Ann": "Ann", "is empty": "Ann=",
+        "no unknown person": "Ann=unknown 77", "invisible": "Ann=Bo\u200b",
+    }.items():  # fmt: skip
+        _, output = give("Eva=Ida", name, code=2)
+        assert words in output and drawn.names() == names == made_shelf.list_names(drawn.out)
+        assert {"Ida"}.isdisjoint(made_shelf.decide(drawn.out).people)
+    assert log.read(drawn.out)[: len(lines)] == lines
+    _, output = drawn.run("review", drawn.folder / "films", "--name=a=b", code=2)
+    assert "has no results" in output
+
+
+def test_warning_about_similar_names_in_results_has_a_command_that_changes_them(reviewed, drawn):
+    drawn.befriend("Bob")
+    (drawn.friends / "Bob").rename(drawn.friends / "ada")
+    with pytest.warns(UserWarning, match=f"if they are the same: vidjax review {drawn.out}$"):
+        drawn.who(drawn.folder / "party.mkv")
+
+
+def test_gallery_of_results_is_read_and_never_changed_by_other_commands(reviewed, drawn):
+    gallery, before = drawn.out / "gallery", contents(drawn.out)
+    features = f"--input={drawn.out / 'features'}"
+    for words in (
+        ("rename", "--identity=Ada", "--to=Eva"), ("remove", "--identity=Ada"),
+        ("enrol", features, "--identity=Bob", "--clip=party.s001.t00"),
+        ("relabel", "--clip=party.s001.t00", "--strangers"),
+    ):  # fmt: skip
+        _, output = drawn.run("gallery", words[0], gallery, *words[1:], code=2)
+        assert f"vidjax review {drawn.out}" in output and len(output.splitlines()) <= 3, output
+    opened = Gallery(gallery)
+    for change in (lambda: opened.rename("Ada", "Eva"), lambda: opened.remove(identity="Ada")):
+        refused(change, f"vidjax review {drawn.out}")
+    assert contents(drawn.out) == before
+    answers = drawn.run("gallery", "identify", gallery, features).content["answers"]
+    assert "Ada" in {answer["identity"] for answer in answers}
+    assert drawn.run("gallery", "list", gallery).content["identities"] == {"Ada": 1}
+    shutil.copytree(gallery, copy := drawn.folder / "copy")  # a copy is a result, too
+    refused(lambda: Gallery(copy).remove(identity="Ada"), "vidjax review")
+    moved = drawn.out.rename(drawn.folder / "moved")
+    refused(lambda: Gallery(moved / "gallery").remove(identity="Ada"), f"vidjax review {moved}")

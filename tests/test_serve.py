@@ -27,7 +27,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.helpers import docs, made_galleries, servers
-from tests.helpers.seen import refused
+from tests.helpers.seen import contents, refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
@@ -113,6 +113,25 @@ def test_enrolment_lists_clips_of_another_person_and_of_another_enrolled_person(
         assert described["properties"].keys() == answer.keys() == {*described["required"]}
         more = servers.enrolment("Zoë", 3)  # only clips of the request are listed
         assert server.ask("POST", "/enrol", more)[1]["misfits"] == {}
+
+
+def test_a_result_of_another_command_is_served_but_not_changed(people, tmp_path, caplog):
+    folder = tmp_path / "names" / "gallery"
+    Gallery.of_clips(folder, people.origin, people.backend, people.clips, "vidjax review names")
+    before = contents(folder)
+    with Inside(Gallery(folder)) as server:
+        for method, path, body in (
+            ("POST", "/enrol", servers.enrolment("Zoë", 0)), ("DELETE", "/clips/clip 30", None),
+            ("DELETE", "/identities/person 3", None),
+        ):  # fmt: skip
+            status, answer = server.ask(method, path.replace(" ", "%20"), body)
+            assert status == 409 and "to change names: vidjax review names" in answer["error"]
+            described = server.ask("GET", "/openapi.json")[1]["paths"]
+            route = re.sub("(identities|clips)/.*", r"\1/{name}", path)
+            assert "409" in described[route][method.lower()]["responses"]
+        assert server.ask("GET", "/identities")[1]["identities"]["person 3"] == 4
+        assert server.ask("POST", "/identify", {"clips": servers.as_json(CLIPS)})[0] == 200
+    assert contents(folder) == before and str(tmp_path) not in caplog.text
 
 
 def assert_close(answer, expected):
@@ -541,9 +560,9 @@ def test_limits_are_read_from_flags_and_variables(people, say, monkeypatch):
     for flag, words in {
         "--clips=0": "--clips=0: give a whole number, at least 1",
         "--answer-seconds=0": "--answer-seconds=0: give a number, above 0",
-        "--lock_seconds=nan": "--lock-seconds=nan: give a number, at least 0",
-        "--drain_seconds=-1": "at least 0 and at most 86,400",
-        "--body_bytes=1000000000": "set held_bytes to 3000000000",
+        "--lock-seconds=nan": "--lock-seconds=nan: give a number, at least 0",
+        "--drain-seconds=-1": "at least 0 and at most 86,400",
+        "--body-bytes=1000000000": "set held_bytes to 3000000000",
     }.items():
         assert words in (error := say("serve", "--gallery=x", flag, code=2))
         assert len(error.strip().splitlines()) == 1
@@ -706,7 +725,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(
 
 @pytest.mark.slow
 def test_signal_ends_the_server_despite_a_stuck_thread(folder):
-    flags = ("--lock_seconds=600", "--drain_seconds=1", "--end_seconds=1")
+    flags = ("--lock-seconds=600", "--drain-seconds=1", "--end-seconds=1")
     with servers.served(folder, *flags) as server, ThreadPoolExecutor(1) as pool:
         with Gallery(folder)._store.open(write=True):  # the removal waits for this lock
             pool.submit(server.ask, "DELETE", "/identities/person%203")

@@ -112,7 +112,7 @@ def test_two_clips_are_compared_as_by_an_oracle_in_either_order(people):
         if one != other:
             wanted = pair_oracle(people, few[one], few[other])
             assert match.log_ratio == pytest.approx(wanted, abs=1e-6), (one, other)
-            likely = match.log_ratio >= people.match_rule().log_ratio
+            likely = match.log_ratio >= people.match_rule().score
             assert match.accepted == (likely and bool(match.evidence))
     swapped = {(other, one): match for (one, other), match in matches.items()}
     assert_equal({key: swapped[key] for key in matches}, matches)
@@ -134,7 +134,7 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied, mo
     pairs = copied.match_rule(fmr=0.02)
     assert (pairs.by, pairs.threshold.num_strangers) == ("measured", 60)
     assert copied.match_rule().by == "model"  # 1 % of pairs needs 198 strangers
-    assert copied.match_rule().log_ratio == pytest.approx(np.log(100))
+    assert copied.match_rule().score == pytest.approx(np.log(100))
     # Rates and people of clients do not fill the memory.
     monkeypatch.setattr(index, "MOST_REMEMBERED", 5)
     first, again = ([copied.match_rule(x, fmr=0.02) for x in copied.people] for _ in range(2))
@@ -171,7 +171,7 @@ def test_pairs_of_strangers_do_not_depend_on_the_order_of_names(tmp_path, order)
     people, two, one = make_people(tmp_path / "g", Population(1), (99, 2), order)
     rule = people.match_rule()
     assert rule.by == "measured" and "look like one person" not in rule.about
-    assert np.mean(two >= rule.log_ratio) < 0.04 and np.mean(one >= rule.log_ratio) > 0.8
+    assert np.mean(two >= rule.score) < 0.04 and np.mean(one >= rule.score) > 0.8
 
 
 def test_few_strangers_with_many_clips_are_reported(tmp_path):
@@ -186,13 +186,13 @@ def test_few_strangers_with_many_clips_are_reported(tmp_path):
 def test_without_strangers_people_who_are_closer_than_the_card_says_need_a_higher_ratio(tmp_path):
     made, usual = Population(3), np.log(100)
     people, *_ = make_people(tmp_path / "g", made, (0, 1), "")
-    assert people.match_rule().log_ratio == pytest.approx(usual)
+    assert people.match_rule().score == pytest.approx(usual)
     made.between /= 4
     people, two, one = make_people(tmp_path / "g4", made, (0, 1), "")
     rule = people.match_rule()
     assert rule.by == "model" and "as near each other as here" in rule.about
     assert np.mean(two >= usual) > 0.05
-    assert np.mean(two >= rule.log_ratio) < 0.025 and np.mean(one >= rule.log_ratio) > 0.3
+    assert np.mean(two >= rule.score) < 0.025 and np.mean(one >= rule.score) > 0.3
 
 
 def test_one_answer_is_of_one_content_of_the_gallery(copied, monkeypatch):

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 from datetime import datetime
 from functools import partial
@@ -24,10 +25,9 @@ import vidjax
 from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.drawn_people import COLOURS, GROUP, tags, write_film, write_photo
 from tests.helpers.seen import refused
-from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import pipeline, who
+from vidjax.apps.video import digests, log, media, pipeline, who
 from vidjax.cli import program
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import messages
@@ -84,7 +84,7 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
         for name in ("Thumbs.db", "party.srt", "party.nfo"):
             (path / name).write_text("no picture")
     empty.mkdir()
-    shown = features_folder.make_printable(odd)
+    shown = media.make_printable(odd)
     for _ in range(2):  # in the second call, the folder of films also contains the results
         content, output = drawn.who(films, empty)
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
@@ -96,56 +96,78 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
     drawn.who(films / "party.nfo", code=1)  # a file on the command line is read, and this one fails
 
 
-def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_names(drawn):
+def test_an_edited_table_of_unknown_people_is_kept_and_answered_with_a_command(drawn):
     film, table = drawn.meet("Ada"), drawn.out / "unknown.tsv"
-    assert [line.split("\t")[:3] for line in table.read_text().splitlines()[1:]] == [
+    own, mine = table.read_text(), drawn.out / "unknown.tsv.mine"
+    assert [line.split("\t")[:3] for line in own.splitlines()[1:]] == [
         ["party.s001.t00", "unknown 1", "party.mkv"], ["party.s002.t01", "unknown 2", "party.mkv"],
     ], "Eve and Bob"  # fmt: skip
-    name = "unknown neighbour"  # without a number, this is the name of a person
-    table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
-    content, output = drawn.who(film)
-    assert content["people"] == {"Ada": 1, name: 1}
-    assert content["groups"] == 1, "only Eve is still an unknown person"
-    assert "because the faces no longer exist: 1 name, such as the name of gone.s000.t00" in output
-    assert f"1 face got the name {name} from unknown.tsv" in output
-    (row,) = table.read_text().splitlines()[1:]
-    assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
-    # A damaged or contradicting table is refused and kept. Some programs write other separators.
-    tables = {"party.s002.t01\n": "line 1", "party.s002.t01\tEve\n": name}
-    tables |= {table.read_text().replace("\t", x): "with tabs between the columns" for x in ",;"}
-    for wrong, words in tables.items():
-        table.write_text(wrong)
-        _, output = drawn.who(film, code=2)
-        assert "unknown.tsv" in output and words in output and table.read_text() == wrong
+    assert "are not read" not in drawn.who(film).output and not mine.exists()
+    name, names = "unknown neighbour", drawn.names()  # without a number, it is a person's name
+    edited = own.replace("unknown 2", name).replace("unknown 1", "O'Eve") + "gone.s000.t00\tZoe\n"
+    # LibreOffice quotes all cells. Some programs write other separators.
+    quoted = "".join('"' + row.replace("\t", '"\t"') + '"\r\n' for row in edited.splitlines())
+    commands, kept = list[list[str]](), list[bytes]()
+    damaged = own[: own.rindex("party")] + "\0\udcff"
+    for text in (edited, "\ufeff" + quoted, edited.replace("\t", ";"), damaged):
+        table.write_text(text, errors="surrogateescape")
+        before = table.read_bytes()
+        content, output = drawn.who(film)
+        assert f"names in {table} are not read. Your table is kept as unknown.tsv.mine" in output
+        assert mine.read_bytes() == before and table.read_text() == own
+        kept.append(before)
+        assert content["people"] == {"Ada": 1} and drawn.names() == names
+        commands.append(shlex.split(output.partition("to give these names: ")[2].splitlines()[0]))
+        assert commands[-1][:3] == ["vidjax", "review", str(drawn.out)]
+    assert {path.read_bytes() for path in drawn.out.glob("unknown.tsv.mine*")} == {*kept}
+    given = commands[0]
+    assert sorted(given[3:]) == ["--name=unknown 1=O'Eve", f"--name=unknown 2={name}"]
+    assert commands[1] == given
+    drawn.run(*given[1:])
+    assert drawn.names() == {clip: {"unknown 1": "O'Eve", "unknown 2": name}.get(x, x)
+                             for clip, x in names.items()}  # fmt: skip
+    assert len(table.read_text().splitlines()) == 1
 
 
-def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    """An interrupted call has read the new film, so the table still lists the old clip of Bob."""
-    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
+def test_another_film_at_the_place_of_a_film_gets_none_of_its_names(drawn, monkeypatch):
+    """A camera counts from 1 again. The earlier film keeps its rows, as not at its place."""
+    film, features = drawn.folder / "c.mkv", drawn.out / "features"
     write_film(film, shot("Bob"))
     drawn.who(film, people=False)
+    drawn.run("review", drawn.out, "--name=unknown 1=Bob")
+    shutil.copy(film, first := drawn.folder / "first.mkv")
     write_film(film, shot("Eve"))
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", mock.Mock(side_effect=KeyboardInterrupt))
         drawn.who(film, people=False, code=130)
-    table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, output = drawn.who(film, people=False)
-    assert content["people"] == {} and "no longer exist" in output
-    assert drawn.names() == {"c.s000.t00": "unknown 2"}  # Eve
-    files = [(features := drawn.out / "features") / "c.npz", features / "videos" / "c.json"]
-    assert [features_folder.list_files_of(path) for path in files] == [files] * 2
+    assert content["people"] == {"Bob": 1} and "1 film cannot be found, such as" in output
+    (other,) = drawn.names().keys() - {"c.s000.t00"}
+    both = {"c.s000.t00": "Bob", other: "unknown 2"}  # Eve
+    videos = {row["identity"]: row["video"] for row in drawn.rows()}
+    assert drawn.names() == both and videos == {"unknown 2": "c.mkv", "Bob": "c (earlier 1).mkv"}
+    # The earlier film comes back at another place, with its old name.
+    content, output = drawn.who(first, people=False)
+    assert drawn.names() == both and "cannot be found" not in output
+    videos = {row["identity"]: row["video"] for row in drawn.rows()}
+    assert videos == {"unknown 2": "c.mkv", "Bob": "first.mkv"}
+    files = [features / "c.npz", features / "videos" / "c.json"]
+    assert [media.list_files_of(path) for path in files] == [files] * 2
     files[1].write_text("damaged")
     assert "c.json is damaged" in drawn.who(drawn.film(), people=False).output
     assert not any(path.exists() for path in files)
 
 
-def test_folders_of_people_have_names_that_all_drives_allow(drawn):
+def test_files_of_photos_are_named_after_their_content_and_not_after_people(drawn):
     group, people = drawn.group(), drawn.out / "people"
-    write_photo(drawn.friends / "Ada?.png", ("Ada", 40, 40))
-    drawn.who(group)
-    (people / "Ada%3F").rename(people / "Ada?")  # as an earlier version wrote the name
-    assert drawn.who(group).content["people"] == {"Ada?": 1}
-    assert [path.name for path in people.iterdir()] == ["Ada?"]
+    write_photo(photo := drawn.friends / "Ada?.png", ("Ada", 40, 40))
+    write_photo(drawn.friends / "CON" / "x.png", ("Bob", 40, 40))
+    assert drawn.who(group).content["people"] == {"Ada?": 1, "CON": 1}
+    stem = str(digests.digest_photo(photo))[:16]
+    assert f"people/{stem}" in Gallery(drawn.out / "gallery").people["Ada?"]
+    names = {path.name for path in people.rglob("*")}
+    assert {f"{stem}.npz", f"{stem}.json"} <= names
+    assert not [name for name in names if "Ada" in name or "CON" in name]
 
 
 def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
@@ -154,7 +176,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     content = json.loads(card.read_text())
     content["back_end"]["clear_quality"] = 1.0
     card.write_text(json.dumps(content))
-    table, photos = drawn.out / "unknown.tsv", [drawn.folder / f"p{n}.png" for n in range(5)]
+    photos = [drawn.folder / f"p{n}.png" for n in range(5)]
     places = ("Ada", 20), ("Eve", 80), ("Ada", 50), ("Eve", 10), ("Bob", 90)
     for photo, place in zip(photos, places, strict=True):
         write_photo(photo, (*place, 30))
@@ -166,7 +188,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
     # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
-    table.write_text(table.read_text().replace("unknown face 1", "Eve"))
+    drawn.run("review", drawn.out, "--name=unknown face 1=Eve")
     content, _ = drawn.who(*photos)
     assert content["people"] == {"Ada": 1, "Eve": 1} and drawn.names() == ada | faces | {eve: "Eve"}
     words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}", "--json")
@@ -180,10 +202,11 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
         groups = read_groups(drawn.folder / f"{name}.tsv", unknown=True)
         assert groups == {again: name, bob: "unknown face 2"}
     # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
-    find = features_folder.FaceFinder(drawn.out)
-    both = [found.face for clip in (again, bob) if (found := find(clip))]
-    joined = [said.about(face, "same", number=2, of=both[0]) for face in both]
-    said.append(drawn.out, said.stamp(joined))
+    read = media.read_media_files(drawn.out / "features")
+    faces_of = {clip: face for photo in read for clip, face in photo.faces.items()}
+    person = log.make_key()
+    joined = [log.about(faces_of[clip], "same", person=person) for clip in (again, bob)]
+    log.append(drawn.out, [log.Line(says="person", person=person, number=2), *joined])
     drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "unknown 2", bob: "unknown 2"}
     drawn.befriend("Eve")
@@ -275,7 +298,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
-    assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
+    assert [film.video for film in media.read_media_files(drawn.out)] == ["party.mkv"]
     assert not [path for path in drawn.out.rglob("*") if path.stat().st_mode & 0o077]  # private
     labels = [line[2:12].strip() for line in extract(photo, worse).out.splitlines()[1:]]
     assert labels == ["out", "files", "clips", "not used", "remedy"]  # no speed
@@ -295,35 +318,41 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     assert {row["video"] for row in drawn.rows()} == paths
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "film_lib", None)
+        patch.setattr(pipeline.film_lib, "extract", None)
         moved = film.rename(film.with_name("the party.mkv"))
         assert "the party.mkv: 4.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
     # If a film changes but keeps its size and time, only --check sees the change.
     info, content = other.stat(), bytearray(other.read_bytes())
-    content[-1] ^= 1
+    content[len(content) // 3] ^= 1  # in a picture
     other.write_bytes(content)
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert "as before" in drawn.who(other).output
-    assert "replaces another" in drawn.who(other, flags=["--check"]).output
+    output = drawn.who(other, flags=["--check"]).output
+    assert "as before" not in output and "(earlier 1).mkv" in str(drawn.rows())
     # A film that no longer exists stays in the results until --prune.
     moved.unlink()
-    assert "1 film cannot be found, such as the party.mkv: to delete" in drawn.who(other).output
+    output = drawn.who(other).output
+    assert "film cannot be found, such as the party.mkv" in output and ": to delete" in output
+    assert "the party.mkv" in {row["video"] for row in drawn.rows()}
 
 
 def test_people_with_only_voices_have_no_doubtful_photos(drawn):
     """Doubtful photos are found by comparing faces. Eve is enrolled with a voice, but no face."""
-    photo = drawn.group()
     drawn_people.write_voices(drawn.models)
     drawn.befriend("Ada")
-    drawn.who(photo)
-    voice = np.ones((3, made_nets.WIDTH), np.float32)
+    drawn.who(drawn.group())
+    voice, gallery = np.ones((3, made_nets.WIDTH), np.float32), drawn.folder / "g"
     write_npz(drawn.folder / "heard.npz", {"heard": {"face": voice[:0], "audio": voice}})
-    drawn.gallery("enrol", f"--input={drawn.folder / 'heard.npz'}", "--identity=Eve")
-    shutil.rmtree(drawn.friends / "Ada")  # so no enrolled clip has a face
-    assert drawn.who(photo, flags=["--forget-missing"]).content["people"] == {"Eve": 1}
+    Gallery.of_models(gallery, drawn.models)
+    drawn.run(
+        "gallery", "enrol", gallery, f"--input={drawn.folder / 'heard.npz'}", "--identity=Eve"
+    )
+    words = (f"--photos={drawn.friends}", f"--models={drawn.models}")
+    drawn.run("gallery", "enrol", gallery, *words)
+    assert Gallery(gallery).identities == {"Ada": 1, "Eve": 1}
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
-    assert "other nets for audio" in drawn.who(photo, code=2).output
+    assert "voice" in drawn.who(drawn.group(), code=2).output
 
 
 def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
@@ -374,7 +403,8 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert content["people"] == {"Ada": 1, "Bob": 1} and "group" not in output, output
     assert {*drawn.names().values()} == {"Ada", "Bob", "unknown 1"}
     clips = {*Gallery(drawn.out / "gallery").clips}
-    assert clips == {"people/group/group.f01/Ada", "people/group/group.f02/Bob"}
+    stem = str(digests.digest_photo(friends / "group.png"))[:16]
+    assert clips == {f"people/{stem}.f01", f"people/{stem}.f02"}
     # The page shows a face for each person, and one that appears for each bar of a timeline.
     assert pictures_of(drawn.out / "names.html") == {
         "": [*["Ada"] * 3, *["Bob"] * 2, *["Eve"] * 2],
@@ -397,44 +427,44 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     shutil.rmtree(bob)
     content, output = drawn.who(film, flags=["--forget-missing"])
     assert content["people"] == {"Ada": 1, "Bob": 1}, "the group photo still has both tags"
-    assert "Bob no longer has a folder, but stays known: face tags still say Bob" in output
+    assert "Eve no longer has photos and is forgotten" in output and "Bob" not in output
 
 
-def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
+def test_last_person_without_photos_is_forgotten_everywhere(drawn):
     group, out = drawn.group(), drawn.out
     drawn.befriend("Ada")
     drawn.who(group, flags=["--thumbnails"])
     shutil.rmtree(drawn.friends / "Ada")
-    _, output = drawn.who(group, flags=["--forget-missing"], code=2)
-    assert "Ada no longer has photos and is forgotten" in output
-    assert not Gallery(out / "gallery").identities and not (out / "people/Ada").exists()
-    named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
-    assert not named and not list(out.rglob("names.*")), "pages that name Ada are deleted"
-    assert "names.html and the tables of names were deleted" in output and list(out.rglob("*.png"))
+    content, output = drawn.who(group, flags=["--forget-missing"])
+    assert "Ada no longer has photos and is forgotten" in output and content["people"] == {}
+    assert not Gallery(out / "gallery").identities
+    assert not [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
+    assert {*drawn.names().values()} == {"unknown 1", "unknown 2"}
     killed = out / "features/.extract-01234567"  # of a killed call
     shutil.copytree(out / "features/thumbnails", killed)
-    _, output = drawn.who(group, flags=["--no-thumbnails"], code=2)
-    assert "were deleted" not in output and not list(out.rglob("*.png"))
+    _, output = drawn.who(group, flags=["--no-thumbnails"])  # the films are still named
+    assert "nobody can be recognised" in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)
     assert "contains no photos" in drawn.who(group, code=2).output and not out.exists()
-    # Now there is a gallery, because the first call had no folder of people.
+    # Now there is a log, because the first call had no folder of people.
     drawn.who(group, people=False)
-    assert "add photos" in drawn.who(group, code=2).output
+    assert "add photos" in drawn.who(group).output
 
 
 def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
     film, out = drawn.meet("Ada", "Bob"), drawn.out
     left = (
-        "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
-        "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
-        "features/videos/party.json", "features/extract.json", "people/Ada/1.npz",
+        "names.html", "names.tsv", "names.jsonl", "unknown.tsv", "unmatched.tsv", "said.jsonl",
+        "cuts/Ada.otio", "subtitles/party.vtt", "features/party.npz", "features/videos/party.json",
+        "features/extract.json", "people/0123456789abcdef.npz",
     )  # fmt: skip
     for path in map(out.joinpath, left):
         path.with_name(f".{path.name}.0123abcd.partial").write_text("Ada")
-    (killed := out / "people" / "Bob" / ".extract-0123abcd").mkdir()
+    (killed := out / "people" / ".extract-0123abcd").mkdir()
     # The features of a photo that was deleted; their JSON file was not yet written.
-    orphan = shutil.copy(out / "people" / "Bob" / "1.npz", out / "people" / "Bob" / "2.npz")
-    own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
+    (photo, *_) = (out / "people").glob("*.npz")
+    orphan = shutil.copy(photo, photo.with_name("0123456789abcdef.npz"))
+    own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.otio.partial"}
     for name in own:
         (out / name).write_text("mine")
     shutil.rmtree(drawn.friends / "Ada")
@@ -458,8 +488,9 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     assert not {"Ada", "Bob"} & {*drawn.names().values()}
     assert "give a number above 0" in drawn.who(photo, flags=["--threshold=2"], code=2).output
     shutil.rmtree(drawn.friends / "Bob")
+    shutil.rmtree(drawn.friends / "Ada")
     done = command("who", photo, *words)
-    assert re.search("missing +1: .*Bob\n", done.out) and "not used" not in done.out
+    assert re.search("missing +2: .*Bob\n", done.out) and "not used" not in done.out
     help_text = program.parse(["who", str(photo), *words]).parser.format_help()
     usual, programs = help_text.partition("usual:")[2].split("for programs:")
     assert "--review" in usual and re.findall(r"^  --(\w+)", programs, re.MULTILINE) == [
@@ -485,7 +516,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
 def test_features_of_other_nets_or_settings_are_refused(drawn):
     extract = partial(pipeline.extract_folders, {drawn.out: [drawn.group()]}, drawn.models)
     extract()
-    faster = features_folder.ExtractionSettings(fps=2.0, size=448)
+    faster = media.ExtractionSettings(fps=2.0, size=448)
     refused(lambda: extract(faster), "other settings (fps: 5.0, not 2.0; size: 640, not 448)")
     # A folder has the settings of its first call. In later calls, flags may be left out.
     words = ["extract", drawn.group(), f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
@@ -504,3 +535,16 @@ def test_python_names_people_of_paths_that_are_texts(drawn):
     done = vidjax.name_people(paths, str(drawn.friends), out, models, tell=told.append)
     assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()
     assert told and done.notes == told
+
+
+def test_names_go_to_a_new_folder_for_other_settings_with_a_copy_of_the_log(drawn):
+    film, log_file = drawn.meet("Ada"), drawn.out / "said.jsonl"
+    drawn.run("review", drawn.out, "--name=unknown 1=Eve")
+    names = drawn.names()
+    output = drawn.who(film, flags=["--fps=2.5"], code=2).output
+    assert f"first copy '{log_file}' into the new folder" in output
+    (drawn.folder / "new").mkdir()
+    shutil.copy(log_file, drawn.folder / "new")
+    drawn.out = drawn.folder / "new"
+    drawn.who(film, flags=["--fps=2.5"])
+    assert {*drawn.names().values()} == {*names.values()} and "Eve" in names.values()

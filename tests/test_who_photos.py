@@ -13,7 +13,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.helpers import films
 from tests.helpers.drawn_people import SIDE, picture, tags, write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import people_photos
+from vidjax.apps.video import actions, digests, photos
 
 pytestmark = pytest.mark.usefixtures("read_here")
 PAIR = ("Ada", 20, 40), ("Bob", 76, 40)  # names, and where the faces are: left, top
@@ -24,6 +24,7 @@ LOST, TWO = "there is no face at the tag of Bob", "two of its tags name the same
 
 
 # What happened to a photo after it was tagged -> the picture, the tags, a message, and the people.
+# No two pictures are equal.
 TAGGED = {
     "nothing": (picture(PAIR), tags(*PAIR), "", "Ada Bob"),
     "a face was not found": (picture(PAIR[:1]), tags(*PAIR), LOST, "Ada"),
@@ -31,8 +32,8 @@ TAGGED = {
     # The tags refer to the stored picture, which EXIF orientation 6 rotates by 90 degrees.
     "rotated": (np.rot90(picture(PAIR)), TURNED_TAGS, "", "Ada Bob"),
     "cropped": (picture(PAIR)[:, 60:], tags(*PAIR), "another shape, 128 x 96, not 68 x 96", ""),
-    "two tags name a face": (picture(PAIR), tags(*PAIR, ("Eve", 21, 41)), TWO, ""),
-    "a face has its tag twice": (picture(PAIR), tags(*PAIR, ("Bob", 77, 41)), LOST, "Ada Bob"),
+    "two tags name a face": (picture(PAIR, 30), tags(*PAIR, ("Eve", 21, 41)), TWO, ""),
+    "a face has its tag twice": (picture(PAIR, 40), tags(*PAIR, ("Bob", 77, 41)), LOST, "Ada Bob"),
     # Eve is now nearly where Ada was, and no face is at the place of Bob.
     "replaced": (picture([("Eve", 24, 44)]), tags(*PAIR), "its tags fit its faces poorly", ""),
 }
@@ -46,10 +47,10 @@ def test_tags_that_do_not_fit_their_photo_enrol_nobody(drawn):
         photo = films.photo(np.ascontiguousarray(rgb), codec, orientation)
         path_of[change].write_bytes(photo + packet)
     drawn.out.mkdir()
-    found = people_photos.find_faces(drawn.friends, drawn.out, drawn.models, 1, notes.append)
+    found = photos.read_folder(drawn.friends, drawn.out, drawn.models, 1, notes.append)
     people = {x: [] for x in path_of.values()}
-    for clip in sorted(found.usable):
-        people[found.faces[clip].path].append(found.faces[clip].face.person)
+    for face in found.faces:
+        people[face.path].append(face.person)
     for change, (_, _, words, names) in TAGGED.items():
         path = path_of[change]
         assert sorted(people[path]) == names.split(), change
@@ -68,6 +69,8 @@ def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
         write_photo(sidecar.with_suffix(""), *faces)
         sidecar.write_bytes(tags(*faces))
     drawn.who(group)
+    sidecars[0].write_bytes(tags(*PAIR)[:40])  # cut off before the tags
+    assert drawn.who(group, code=1).content["people"] == both
     sidecars[0].write_bytes(b"")  # a placeholder for a file in a cloud
     for words in ("1.png.xmp", "the sidecar file with the face"):
         content, output = drawn.who(group, code=1)
@@ -92,8 +95,6 @@ GONE = {
     "all people are empty": empty,
     "all people are missing": shutil.rmtree,
     "all folders are empty": lambda friends: [empty(friends / name) for name in ("Ada", "Bob")],
-    "a person is empty": lambda friends: empty(friends / "Ada"),
-    "a person is missing": lambda friends: shutil.rmtree(friends / "Ada"),
     "a photo is a placeholder": lambda friends: (friends / "Ada/1.png").write_bytes(b""),
     "a photo is in a cloud": lambda x: (x / "Ada/1.png").rename(x / "Ada/.1.png.icloud"),
 }
@@ -107,7 +108,7 @@ def test_a_drive_that_is_not_connected_forgets_nobody(drawn):
     shutil.copytree(drawn.friends, drive)
     for way, act in GONE.items():
         act(drawn.friends)
-        for _ in range(2 if way == "a person is missing" else 1):
+        for _ in range(2):
             content, output = drawn.who(group, code=1)
             assert content["people"] == Gallery(drawn.out / "gallery").identities == both, way
             assert "is the drive connected?" in output or "earlier call are kept" in output
@@ -118,23 +119,28 @@ def test_a_drive_that_is_not_connected_forgets_nobody(drawn):
     assert drawn.who(group).content["people"] == both
 
 
-def test_photos_stay_enrolled_if_a_folder_in_the_folder_of_their_person_is_missing(drawn):
-    """A photo that is missing from a folder with other photos was deleted."""
-    group, trip = drawn.group(), drawn.friends / "Ada" / "trip"
-    drawn.befriend("Ada")
+@pytest.mark.parametrize("act", [shutil.rmtree, empty])
+def test_photos_are_forgotten_if_other_known_photos_are_still_there(drawn, act):
+    """The folder of a person, or a folder in it, was deleted, because its drive is connected."""
+    group, friends = drawn.group(), drawn.friends
+    drawn.befriend("Ada", "Bob")
     for number in (2, 3, 4):
-        write_photo(trip / f"{number}.png", ("Ada", 40 + number, 40))
+        write_photo(friends / "Ada" / "trip" / f"{number}.png", ("Ada", 40 + number, 40))
     drawn.who(group)
-    (trip / "3.png").unlink()
-    assert drawn.who(group).content["people"] == {"Ada": 3}
-    shutil.rmtree(trip)
+    (friends / "Ada" / "trip" / "3.png").unlink()
+    assert drawn.who(group).content["people"] == {"Ada": 3, "Bob": 1}
+    act(friends / "Ada" / "trip")
+    assert drawn.who(group).content["people"] == {"Ada": 1, "Bob": 1}
+    (friends / "Bob" / "1.png").rename(friends / "Bob" / "seaside.png")  # is known by its content
+    act(friends / "Ada")
+    content, output = drawn.who(group)
+    assert content["people"] == {"Bob": 1} and "Ada no longer has photos and is" in output
+    assert b"Ada" not in b"".join(x.read_bytes() for x in drawn.out.rglob("*") if x.is_file())
+    # Only a photo that vidjax does not know is there: the folder may be another folder.
+    shutil.rmtree(friends / "Bob")
+    write_photo(friends / "Eve" / "1.png", ("Eve", 40, 40))
     content, output = drawn.who(group, code=1)
-    assert content["people"] == {"Ada": 3}
-    assert f"{trip / '2.png'} cannot be reached: is the drive connected?" in output
-    assert content["failed"] == [str(trip / "2.png"), str(trip / "4.png")]
-    drawn.gallery("remove", "--clip=people/Ada/2")
-    for code, flags, count in ((1, [], 2), (0, ["--forget-missing"], 1)):
-        assert drawn.who(group, flags=flags, code=code).content["people"] == {"Ada": count}
+    assert content["people"] == {"Bob": 1, "Eve": 1} and "is the drive connected?" in output
 
 
 def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn):
@@ -151,25 +157,27 @@ def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn):
     assert drawn.who(drawn.group(), code=1).content["people"] == people
 
 
-def test_calls_that_fail_because_people_or_the_gallery_are_missing_change_nothing(drawn):
-    """The gallery is not made again: the names that a user gave are only in the gallery."""
+def test_calls_that_fail_change_nothing_and_a_missing_gallery_is_made_again(drawn):
+    """The gallery is a result: it follows from the photos, the films and the log."""
     group, gallery, moved = drawn.group(), drawn.out / "gallery", drawn.folder / "moved"
     drawn.befriend("Ada")
     drawn.who(group)
+    drawn.run("review", drawn.out, "--name=unknown 1=Bob")
+    people, names = Gallery(gallery).people, drawn.names()
     gallery.rename(moved)
-    assert "gallery of earlier runs of this command is missing" in drawn.who(group, code=2).output
-    moved.rename(gallery)
+    drawn.who(group)
+    assert Gallery(gallery).people == people and drawn.names() == names
     before = {path: path.read_bytes() for path in drawn.out.glob("names.*")}
     empty(drawn.friends)
     drawn.who(group, flags=["--threshold=2"], code=2)
     assert before == {path: path.read_bytes() for path in drawn.out.glob("names.*")}
     shutil.rmtree(drawn.friends)
     assert "is not a folder" in drawn.who(group, flags=["--forget-missing"], code=2).output
-    assert Gallery(gallery).identities == {"Ada": 1}
+    assert Gallery(gallery).identities == {"Ada": 1, "Bob": 1}
 
 
 def test_a_person_is_forgotten_only_by_an_act(drawn):
-    """Acts are: a deleted photo in a folder that has others, `gallery remove`, and a flag."""
+    """Acts are: a deleted photo, `vidjax forget`, and the flag --forget-missing."""
     group, friends = drawn.group(), drawn.friends
     drawn.befriend("Ada", "Bob", "Eve")
     write_photo(friends / "Bob" / "2.png", ("Bob", 42, 40))
@@ -180,24 +188,27 @@ def test_a_person_is_forgotten_only_by_an_act(drawn):
     (friends / "Cy.png").unlink()
     content, output = drawn.who(group)
     assert content["people"] == {"Ada": 1, "Bob": 1, "Eve": 1, "Dan": 1}
-    assert "Cy no longer has photos and is forgotten" in output
-    for name in ("Ada", "Bob"):
-        shutil.rmtree(friends / name)
-    drawn.gallery("remove", "--identity=Ada")
+    assert output.count("no longer has photos and is forgotten") == 1 and "Cy no longer" in output
+    actions.forget(drawn.out, ["Ada"])
+    names = drawn.names().values()
+    assert Gallery(drawn.out / "gallery").identities.keys() == {"Bob", "Eve", "Dan"}
+    assert "Ada" not in names and "Bob" in names
+    for path in friends.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     content, output = drawn.who(group, code=1)
-    assert content["people"] == {"Bob": 1, "Eve": 1, "Dan": 1} and "photos of Bob are" in output
-    assert not (drawn.out / "people" / "Ada").exists()
+    assert content["people"] == {"Bob": 1, "Eve": 1, "Dan": 1}
+    assert "no longer has photos" not in output and "people/" not in output
     content, _ = drawn.who(group, flags=["--forget-missing"])
-    assert content["people"] == {"Eve": 1, "Dan": 1}
+    assert content["people"] == {} and {*drawn.names().values()} == {"unknown 1", "unknown 2"}
     assert b"Bob" not in (drawn.out / "names.html").read_bytes()
 
 
 def test_prune_keeps_the_results_of_films_whose_folder_is_missing(drawn):
     """A film that is missing from a folder with other files was deleted."""
     drive, film = drawn.folder / "drive", drawn.folder / "here.mkv"
-    for path in (drive / "a.mkv", drive / "b.mkv", film):
+    for left, path in enumerate((drive / "a.mkv", drive / "b.mkv", film), 20):
         path.parent.mkdir(exist_ok=True)
-        write_film(path, (1, 20, [("Ada", 20 + len(path.stem), 30)]))
+        write_film(path, (1, 20, [("Ada", left, 30)]))
     drawn.who(drive, film, people=False)
 
     def prune(*flags, code=0):
@@ -244,7 +255,7 @@ def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn
                 path = drawn.friends / folder / f"{number}.png"
                 write_photo(path, (person, 36 + 2 * number, 40))
     gallery, notes = Gallery.of_models(drawn.folder / "g", drawn.models), []
-    people_photos.enrol_folder(gallery, drawn.friends, drawn.models, 1, notes.append)
+    photos.enrol_folder(gallery, drawn.friends, drawn.models, 1, notes.append)
     # Photos whose sides cannot be told apart identify nobody.
     named = {"Ada", "Bob"} & shown.keys() - ({"Ada"} if words.startswith(SHOW) else set())
     assert gallery.identities.keys() == named
@@ -267,7 +278,7 @@ def test_two_names_of_one_person_do_not_blame_the_net(drawn):
 
 def test_a_photo_in_the_folders_of_two_people_identifies_nobody_until_it_is_moved(drawn):
     """The only photo of Eve is also in the folder of Ada. A name that a user typed stays."""
-    films, table = (drawn.group(), drawn.folder / "eve.png"), drawn.out / "unknown.tsv"
+    films = drawn.group(), drawn.folder / "eve.png"
     photo, wrong = drawn.friends / "Eve" / "1.png", drawn.friends / "Ada" / "2.png"
     drawn.befriend("Ada", "Bob")
     write_photo(photo, ("Eve", 44, 40))
@@ -284,7 +295,7 @@ def test_a_photo_in_the_folders_of_two_people_identifies_nobody_until_it_is_move
     assert people == {"Ada": 1, "Bob": 1} and output.count("it is not used: delete the wrong") == 2
     version = Gallery(drawn.out / "gallery").version
     assert enrol()[0] == people and Gallery(drawn.out / "gallery").version == version
-    table.write_text(table.read_text().replace("unknown 1", "Eve"))
+    drawn.run("review", drawn.out, "--name=unknown 1=Eve")
     assert enrol()[0] == people | {"Eve": 1}
     wrong.unlink()
     people, output = enrol()
@@ -305,7 +316,100 @@ def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
     assert output.count("sunglasses or a shadow hide the eyes") == 2
     assert content["people"] == {"Ada": 1, "Bob": 1}
     assert "it is left out, because Ada has better photos" in output
-    assert {*Gallery(drawn.out / "gallery").clips} == {"people/Ada/1", "people/Bob/2"}
+    used = [drawn.friends / name for name in ("Ada/1.png", "Bob/2.png")]
+    clips = {f"people/{str(digests.digest_photo(path))[:16]}" for path in used}
+    assert {*Gallery(drawn.out / "gallery").clips} == clips
     # Later, this photo is damaged. Its face is not enrolled, so nothing changes.
     (drawn.friends / "Ada" / "2.png").write_bytes(b"\x89PNG\r\n damaged")
     assert drawn.who(drawn.group(), code=1).content["people"] == {"Ada": 1, "Bob": 1}
+
+
+def test_photos_of_two_people_in_one_folder_name_nobody_until_they_are_parted(drawn):
+    films, friends = (drawn.group(), drawn.folder / "eve.png"), drawn.friends
+    drawn.befriend("Ada", "Bob")
+    write_photo(films[1], ("Eve", 30, 30))
+    drawn.who(*films)
+    drawn.run("review", drawn.out, "--name=unknown 1=Bob L")  # Eve; a typed name stays
+    before = drawn.names()
+    (friends / "Ada" / "2.png").hardlink_to(friends / "Bob" / "1.png")
+    (friends / "Bob" / "1.png").unlink()
+    (friends / "Bob").rmdir()
+    (friends / "Ada").rename(friends / "Both")
+    for _ in range(2):
+        content, output = drawn.who(*films)
+        words = "the photos in the folder Both were photos of Ada, Bob, so they are not used"
+        assert words in output and "forgotten" not in output
+        assert content["people"] == {"Bob L": 1} and content["missed"] == ["Both"]
+    (friends / "Both").rename(friends / "Ada")
+    (friends / "Bob").mkdir()
+    (friends / "Ada" / "2.png").rename(friends / "Bob" / "1.png")
+    content, output = drawn.who(*films)
+    assert content["people"] == {"Ada": 1, "Bob": 1, "Bob L": 1} and "not used" not in output
+    assert drawn.names() == before
+
+
+def test_people_in_the_folder_of_strangers_get_no_name(drawn):
+    """The only photo of Ada shows Eve. Strangers who look like Ada raise the threshold."""
+    flags = ["--fpir=0.25"]  # none of three strangers may get a name
+    films, friends = (drawn.group(), drawn.folder / "eve.png"), drawn.friends
+    drawn.befriend("Bob")
+    write_photo(friends / "Ada" / "1.png", ("Eve", 40, 40))
+    write_photo(films[1], ("Eve", 30, 30))
+    drawn.who(*films)
+    assert drawn.names()["eve"] == "Ada"
+    for number in range(3):
+        write_photo(friends / "strangers" / "2020" / f"{number}.png", ("Eve", 34 + number, 40))
+    content, _ = drawn.who(*films, flags=flags)
+    assert content["people"] == {"Ada": 1, "Bob": 1}
+    assert content["failed"] == content["missed"] == []
+    assert drawn.names()["eve"] == "unknown 2"
+    assert len(Gallery(drawn.out / "gallery").strangers) == 3
+    shutil.rmtree(friends / "strangers")
+    content, output = drawn.who(*films)
+    assert not Gallery(drawn.out / "gallery").strangers and "no longer" not in output
+    assert drawn.names()["eve"] == "Ada"
+    # Another spelling is the name of a person.
+    (friends / "Ada").rename(friends / "Strangers")
+    assert drawn.who(*films).content["people"] == {"Strangers": 1, "Bob": 1}
+
+
+def test_a_correction_of_a_photo_is_about_its_picture_and_not_about_one_of_its_files(drawn):
+    """`photo.png` and `photo (1).png` are equal. They are in --people, too."""
+    films, friends = drawn.folder / "films", drawn.friends
+    drawn.befriend("Bob")
+    write_photo(first := films / "photo.png", ("Eve", 40, 40))
+    copies = films / "photo (1).png", friends / "Ada" / "photo.png", friends / "Ada" / "copy.png"
+    for path in copies:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(first, path)
+    content, _ = drawn.who(films)
+    assert content["people"] == {"Ada": 1, "Bob": 1} and [*drawn.names().values()] == ["Ada"]
+    (clip,) = drawn.names()
+    page = actions.Review(drawn.out)
+    page.change("deny", [f"clip:\t{clip}"])
+    page.save()
+    assert drawn.names() == {clip: "unknown 1"} and "Ada" not in Gallery(drawn.out / "gallery")
+    for moves in (lambda: None, first.unlink, copies[0].unlink):  # the photo has two places
+        moves()
+        films_there = films if any(films.iterdir()) else drawn.group()
+        drawn.who(films_there)
+        assert drawn.names()[clip] == "unknown 1" and "Ada" not in Gallery(drawn.out / "gallery")
+    shutil.copy(copies[1], films / "again.png")
+    drawn.who(films)
+    assert drawn.names()[clip] == "unknown 1"
+
+
+def test_messages_after_a_folder_got_another_name_speak_of_the_new_name_only(drawn):
+    group, friends = drawn.group(), drawn.friends
+    drawn.befriend("Ada", "Bob")
+    drawn.who(group)
+    drawn.run("review", drawn.out, "--name=Bob=Robert")  # the folder is still Bob
+    assert drawn.who(group).content["people"] == {"Ada": 1, "Robert": 1}
+    for name in ("bob", "Bo"):
+        next(friends.glob("[bB]o*")).rename(friends / name)
+        content, output = drawn.who(group)
+        assert content["people"] == {"Ada": 1, name: 1}
+        assert f"now belong to {name}" in output and "forgotten" not in output
+        assert name in drawn.names().values() and "Robert" not in drawn.names().values()
+        assert "belong" not in drawn.who(group, flags=["--prune"]).output
+        assert b"Robert" not in (drawn.out / "names.html").read_bytes()

@@ -22,7 +22,7 @@ from vidjax.apps.video import align
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
 
-RULE = answers.NamingRule("new", np.log(0.5), True, None, "")  # a probability above 0.5
+RULE = answers.Rule("new", np.log(0.5), True, None, "")  # a probability above 0.5
 
 
 def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:

@@ -23,14 +23,13 @@ from PIL import Image
 
 from tests.benchmarks import common
 from tests.helpers import films, limits
-from vidjax.apps import features_folder
-from vidjax.apps.video import film, who
+from vidjax.apps.video import film, media, who
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
 PRESETS = {
-    "default": features_folder.ExtractionSettings(),
-    "fast": features_folder.ExtractionSettings(fps=2, size=448),
+    "default": media.ExtractionSettings(),
+    "fast": media.ExtractionSettings(fps=2, size=448),
 }
 
 
@@ -99,10 +98,10 @@ def measure_speed(folder: Path, photos: list[list[Path]], models: Path) -> Itera
         for preset, settings in PRESETS.items():
             task = film.Task(
                 models=str(models), settings=settings, path=str(path), out=str(folder), stem=name,
-                source=features_folder.FileStamp.of(path), sha256="0" * 64,
+                source=media.FileStamp.of(path),
             )  # fmt: skip
             nets, start = film.load_nets(task.models, settings.size), time.process_time()
-            report = film.extract(task, nets)
+            report = film.extract(task, *film.identify(task), nets)
             speeds[preset] = round(report.seconds / (time.process_time() - start), 2)
         yield {name: speeds}
 

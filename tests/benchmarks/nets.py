@@ -21,7 +21,9 @@ from tests.helpers.embeddings import unit
 from vidjax.apps import cards
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import net_checks, nets, people_photos, pipeline
+from vidjax.apps.gallery.vectors import select_usable_clips
+from vidjax.apps.video import clip_inputs, net_checks, nets, photos, pipeline
+from vidjax.apps.video.media import PEOPLE
 from vidjax.utils import terminal
 
 HEIGHTS = (0, 100, 200, np.inf)  # limits of the groups of faces by their height in pixels
@@ -40,16 +42,17 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     rows = []
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
-        gallery = Gallery.of_models(out / "vectors", models)
-        found = people_photos.find_faces(folder, out, models, 1, terminal.print_note)
-        part = [*gallery.backend.widths].index("face")
-        for clip, entry in sorted(found.embed(gallery).items()):
-            (face, path, _, track, _) = found.faces[clip]
-            assert track.box
-            with Image.open(path) as image:
-                height = ImageOps.exif_transpose(image).height * (track.box[3] - track.box[1])
-            vector = gallery.backend.split(entry.vector[None])[part][0]
-            rows.append((unit(vector), face.person, track.clarity, height))
+        comparison = Gallery.of_models(out / "vectors", models).backend
+        found = photos.read_folder(folder, out, models, 1, terminal.print_note)
+        clips = [x.track.clip for x in found.faces]
+        vectors = select_usable_clips(clip_inputs.embed_clips(comparison, out / PEOPLE, clips))
+        part = [*comparison.widths].index("face")
+        for x in (x for x in found.faces if x.track.clip in vectors):
+            assert x.track.box
+            with Image.open(x.path) as image:
+                height = ImageOps.exif_transpose(image).height * (x.track.box[3] - x.track.box[1])
+            vector = comparison.split(vectors[x.track.clip].vector[None])[part][0]
+            rows.append((unit(vector), x.person, x.track.clarity, height))
     vectors, shown, clarity, heights = map(np.array, zip(*rows, strict=True))
     names, people = np.unique(shown, return_inverse=True)
     common.print_text(f"{len(people)} photos of {len(names)} people are usable")

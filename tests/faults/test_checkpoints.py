@@ -286,22 +286,6 @@ def test_resuming_with_another_list_of_identities_is_refused(config, data, parts
         run(config, parts, data)
 
 
-def test_run_of_version_0_1_0_resumes_to_the_same_bytes(config, data, parts, whole):
-    """Its files are read as long as one of its checkpoints is left."""
-    small_runs.make_earlier(parts)
-    before = {*checkpoint.manifests(parts)}
-    names = (parts / "identities.json").read_bytes()
-    (parts / "identities.json").write_bytes(b'["999"]')
-    with pytest.raises(checkpoint.CheckpointError, match=r"identities\.json' is not the"):
-        run(config, parts, data)
-    (parts / "identities.json").write_bytes(names)
-    run(config, parts, data)
-    assert_same_run(parts, whole, (*RUN_FILES, "members.npz"))
-    for step in checkpoint.manifests(parts):
-        saved = parts / "checkpoints" / str(step) / "state"
-        assert (saved / "members").exists() == (step not in before)
-
-
 def test_moved_and_damaged_run_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):

@@ -67,10 +67,9 @@ ROWS = {
     "gallery identify": Row("answered", f"gallery identify {{world}}/gallery {TABLES}"),
     "gallery rank": Row("lists", f"gallery rank {{world}}/gallery {TABLES}"),
     "gallery rename": Row("gallery", "gallery rename {at} --identity=1 --to=Eve"),
-    "gallery migrate": Row("gallery", "gallery migrate {world}/gallery {at} --input={world}/own"),
     "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
     "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
-    **{f"gallery {name}": READS for name in ("verify", "group", "list", "threshold", "export")},
+    **{f"gallery {name}": READS for name in ("verify", "group", "list", "threshold")},
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip

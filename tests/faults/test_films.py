@@ -30,9 +30,8 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, children_of, file_limit, held_by, running
 from tests.helpers.seen import contents, refused
-from vidjax.apps import features_folder
 from vidjax.apps.gallery import store
-from vidjax.apps.video import media_files, pipeline
+from vidjax.apps.video import log, media, media_files, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -125,7 +124,7 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     film = drawn.film().rename(place / "a.mkv")
     _, stderr = drawn.who(place, people=False, flags=["--workers=4"])
     assert "\x1b" not in stderr and "\u202e" not in stderr
-    found = features_folder.read_media_files(features)
+    found = media.read_media_files(features)
     clips = [track.clip for film in found for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(features))
     assert all("/" not in clip and clip.isprintable() for clip in clips)
@@ -146,7 +145,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
     fields += [{"video": name} for name in ("../x.mp4", "\x1b[2J", "x" * 5000, [])]
     fields += [{"seconds": 10**400}, {"shots": [[0, 1], [1]]}]
     texts = ["", "[]", "{}", '{"\\ud800": 1}', "[" * 200_000, '{"video": "' + "x" * 1_000_000]
-    read = functools.partial(features_folder.read_media_files, drawn.out)
+    read = functools.partial(media.read_media_files, drawn.out)
     for text in (*texts, *(json.dumps(film | wrong) for wrong in fields)):
         path.write_text(text)
         assert len(refused(read)) < 1000
@@ -161,7 +160,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
     refused(read, "link")
     for text in ("", "[]", '{"format": 1, "models": {"face_embedder": "x"}}', "[" * 100_000):
         (drawn.out / "extract.json").write_text(text)
-        refused(lambda: features_folder.read_extraction(drawn.out))
+        refused(lambda: media.read_extraction(drawn.out))
 
 
 def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch):
@@ -199,6 +198,7 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
     """The kill also left a file with which a gallery tests whether its folder is writable."""
     folder, half = drawn.out / "gallery", drawn.folder / "half"
     folder.mkdir(parents=True)
+    log.append(drawn.out, [])
     (folder / ".write-test-0badc0de").touch()
     # With a small cache, SQLite writes a part of the change to the file before the change ends.
     with contextlib.closing(sqlite3.connect(half)) as gallery:
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         out = drawn.folder / f"out{minutes}"
         film = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks.append(extract.peak(film, out, drawn.models))
-        (film,) = features_folder.read_media_files(out)
+        (film,) = media.read_media_files(out)
         assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
         assert len(film.tracks) >= 25 * minutes  # a minute has 15 shots of 2 faces
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB, and 30 MB

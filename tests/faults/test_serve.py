@@ -196,7 +196,7 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
 @pytest.mark.parametrize("signals", [1, 2])
 def test_signal_makes_a_server_unready_before_it_ends_without_printed_names(tmp_path, signals):
     folder = servers.make_gallery(tmp_path / "g").folder
-    with servers.served(folder, "--unready_seconds=4") as server:
+    with servers.served(folder, "--unready-seconds=4") as server:
         assert server.ask("POST", "/enrol", servers.enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         began = time.monotonic()
@@ -282,7 +282,7 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, program):
                 return
 
     # If all clients enrol at once, the server must not ask one of them to try again (429).
-    flags = ("--unready_seconds=2", "--drain_seconds=5", f"--waiting_changes={clients}")
+    flags = ("--unready-seconds=2", "--drain-seconds=5", f"--waiting-changes={clients}")
     with contextlib.ExitStack() as stack:
 
         def start(port):

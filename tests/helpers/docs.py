@@ -4,6 +4,7 @@
 vidjax/apps/serve/README.md` write them into the page.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,14 @@ from vidjax.runs.config_io import value_text
 from vidjax.runs.config_words import SCALE_WORDS
 
 SERVER = ROOT / "vidjax/apps/serve/README.md"
+
+
+def snippet(page: str, name: str) -> str:
+    """Returns the block of code of a page below `<!-- NAME -->`."""
+    pattern = rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```\n"
+    blocks = re.findall(pattern, (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) == 1, f"{page}: {len(blocks)} blocks of `<!-- {name} -->`"
+    return blocks[0]
 
 
 def update(page: str) -> str:

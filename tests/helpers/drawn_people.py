@@ -9,8 +9,7 @@ from unittest import mock
 import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
-from vidjax.apps import features_folder
-from vidjax.apps.video import film
+from vidjax.apps.video import digests, film, media
 
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
@@ -105,14 +104,14 @@ def write_party(path):
 
 def extract(path, out, models, **settings):
     """Extracts a film or photo into `out`; returns its description, and clip -> name -> array."""
-    settings = features_folder.ExtractionSettings(**settings)
+    settings = media.ExtractionSettings(**settings)
     out.mkdir(exist_ok=True)
     task = film.Task(
         models=str(models), settings=settings, path=str(path), out=str(out), stem=path.stem,
-        source=features_folder.FileStamp.of(path), sha256="0" * 64,
+        source=media.FileStamp.of(path), sha256=digests.digest_photo(path) or "",
     )  # fmt: skip
     nets = film.load_nets.__wrapped__(task.models, settings.size)
-    return film.extract(task, nets), clip_files.read_arrays(out)
+    return film.extract(task, *film.identify(task), nets), clip_files.read_arrays(out)
 
 
 def restore(folder, make):

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from vidjax.apps.video import photos
+from vidjax.apps.video import pictures
 
 RATE = 16_000
 FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; others are yuv420p
@@ -78,6 +78,23 @@ def write(
         container.mux([*packets, *heard])
 
 
+def remux(
+    path: Path, made: Path, *, title: str = "", rotation: int | None = None, faststart: bool = False
+) -> None:
+    """Copies the compressed pictures of the film `path` into the new film `made`."""
+    options = {"movflags": "faststart"} if faststart else {}
+    with av.open(str(path)) as film, av.open(str(made), "w", options=options) as copy:
+        stream = copy.add_stream_from_template(film.streams.video[0])
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        if title:
+            copy.metadata["title"] = title
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+
+
 def double(path: Path, made: Path, *, cover: bool) -> None:
     """Writes the pictures of the film `path` twice, as two streams, into the film `made`."""
     with av.open(str(path)) as one, av.open(str(path)) as other, av.open(str(made), "w") as both:
@@ -137,6 +154,6 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
 
 def read_photo(path: Path) -> np.ndarray:
     """Returns the picture of a photo, uint8 [H, W, 3], as `vidjax who` reads it."""
-    photo = photos.read_photo(path)
+    photo = pictures.read_photo(path)
     assert photo
     return photo.rgb

@@ -2,7 +2,7 @@
 
 from urllib.parse import quote
 
-from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
+from vidjax.apps.video.media import FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video.naming import Appearance
 
 

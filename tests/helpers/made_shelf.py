@@ -7,18 +7,18 @@ import numpy as np
 
 from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
-from vidjax.apps import features_folder
-from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
+from vidjax.apps import forget
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.said import FEATURES
-from vidjax.apps.video import decision, pipeline, review
+from vidjax.apps.video import actions, log, media, pipeline, results, review
+from vidjax.apps.video.log import Line
+from vidjax.apps.video.media import FEATURES, PEOPLE, FaceTrack, FileStamp, MediaFile
 from vidjax.data.clip_files import write_npz
 
 WIDTH = 128
 TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"  # of the page of corrections
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
 SHOT_SECONDS = 4.0
+BOX = (0.25, 0.15, 0.75, 0.9)  # of each face
 PICTURE = films_lib.photo(films_lib.scene(0, 56, 56), "png")  # of each face
 MIXTURE = (0.8, 0.6)  # of the person whom a face in a wrong group looks like, and of its own person
 
@@ -42,12 +42,13 @@ def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, 
     net = made_nets.embedder(weights=weights)
     made_nets.write(models, "embed", back_end=cosines, width=WIDTH, content=net)
     out.mkdir()
-    gallery, digests = Gallery.of_models(out / "gallery", models), pipeline.read_digests(models)
-    features = out / FEATURES
-    (features / features_folder.VIDEOS).mkdir(parents=True)
-    settings = features_folder.ExtractionSettings()
-    extraction = features_folder.Extraction(models=digests, settings=settings)
-    features_folder.write(features / features_folder.NAME, extraction)
+    Gallery.of_models(out / "gallery", models, results.COMMAND)
+    digests, features, photos = pipeline.read_digests(models), out / FEATURES, out / PEOPLE
+    settings = media.ExtractionSettings()
+    extraction = media.Extraction(models=digests, settings=settings)
+    for place in (features, photos):
+        (place / media.VIDEOS).mkdir(parents=True)
+        media.write(place / media.NAME, extraction)
     centres = unit(rng.normal(size=(people, WIDTH)))
 
     def look(person, like=None):
@@ -55,10 +56,24 @@ def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, 
         centre = centres[person] if like is None else centres[[like, person]].T @ MIXTURE
         return unit(centre + 0.25 / WIDTH**0.5 * rng.normal(size=WIDTH)).astype(np.float32)
 
-    with gallery.change() as draft:
-        for person in range(known):
-            clip = f"people/{name_person(person)}/1"
-            draft.add({clip: StoredClip(name_person(person), look(person))})
+    lines = list[Line]()
+    for person in range(known):
+        name, sha256, key = name_person(person), f"{person:064x}"[::-1], log.make_key()
+        (path := folder / "friends" / name / "1.jpg").parent.mkdir(parents=True)
+        path.write_bytes(sha256.encode())
+        track = FaceTrack(
+            clip=sha256[:16], shot=0, start_s=0, end_s=0, seen=1, quality=0.9, box=BOX, box_at_s=0
+        )
+        photo = MediaFile(
+            video=path.name, source=FileStamp.of(path), sha256=sha256, photo=True, seconds=0,
+            tracks=[track], frames=1, shots=[(0, 0)],
+        )  # fmt: skip
+        arrays = {track.clip: {"face": look(person)[None], "face_quality": np.ones(1, np.float32)}}
+        write_npz(photos / f"{track.clip}.npz", arrays, {"face": digests["face_embedder"]})
+        media.write(photos / media.VIDEOS / f"{track.clip}.json", photo)
+        lines.append(Line(says="person", person=key, name=name))
+        lines.append(log.about(photo.faces[track.clip], "photo", person=key, name=name))
+    log.append(out, lines)
     truth = dict[str, str]()
     turn = itertools.cycle(rng.permutation(people).tolist())
     for number in range(films):
@@ -70,12 +85,12 @@ def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, 
             quality = float(rng.uniform(0.3, 0.9))
             vectors = np.stack([look(person, like) for _ in range(3)])
             arrays[clip] = {"face": vectors, "face_quality": np.full(3, quality, np.float32)}
-            begin, box = face * SHOT_SECONDS, (0.25, 0.15, 0.75, 0.9)
+            begin, box = face * SHOT_SECONDS, BOX
             tracks.append(FaceTrack(
                 clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
-            thumbnail = features_folder.locate_thumbnail(features, clip)
+            thumbnail = media.locate_thumbnail(features, clip)
             thumbnail.parent.mkdir(parents=True, exist_ok=True)
             thumbnail.write_bytes(PICTURE)
         path = folder / "films" / f"{stem}.mp4"
@@ -87,7 +102,7 @@ def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, 
             seconds=faces * SHOT_SECONDS, tracks=tracks, frames=faces * 20, rate=25.0,
             shots=[(x.start_s, x.start_s + SHOT_SECONDS) for x in tracks],
         )  # fmt: skip
-        features_folder.write(features / features_folder.VIDEOS / f"{stem}.json", film)
+        media.write(features / media.VIDEOS / f"{stem}.json", film)
     return SimpleNamespace(out=out, truth=truth, models=models)
 
 
@@ -95,16 +110,14 @@ def open_client(page):
     """Returns a client of the page of corrections."""
     from starlette import testclient  # needs httpx
 
-    headers, app = {"origin": SITE, "sec-fetch-site": "same-origin"}, review.make_app(page, TOKEN)
+    headers = {"origin": SITE, "sec-fetch-site": "same-origin"}
+    app = review.make_app(page, TOKEN, forget.list_left)
     return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
 
 
 def decide(out):
     """Returns the decision on a folder of results."""
-    with decision.lock_changes(out):  # else a change of these milliseconds is lost
-        gallery = Gallery(out / "gallery")
-        films = features_folder.read_media_files(out / FEATURES)
-        return decision.decide(gallery, out, films, gallery.identify)
+    return actions.Review(out)._decision
 
 
 def list_names(out, decision=None):

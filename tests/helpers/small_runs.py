@@ -1,6 +1,5 @@
 """Runs that take seconds: shipped experiments with tiny nets on the small official files."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -176,17 +175,7 @@ def training_sets(folder):
 
 
 def make_earlier(folder):
-    """Makes a run like one of version 0.1.0: its checkpoints have digests of the copies, no lists.
-
-    Returns the digests.
-    """
-    names = json.loads((folder / "identities.json").read_text())
-    members, clips, trained = training_sets(folder)
-    parts = trained.tobytes(), json.dumps(members).encode(), "\n".join(clips).encode()
-    digests = {
-        "identities_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
-        "members_sha256": hashlib.sha256(b"".join(parts)).hexdigest(),
-    }
+    """Makes a run like one of version 0.1.0, whose checkpoints have no lists of identities."""
     for step, manifest in checkpoint.manifests(folder).items():
         place = folder / "checkpoints" / str(step)
         metadata = json.loads((place / "state" / "_CHECKPOINT_METADATA").read_text())
@@ -194,9 +183,8 @@ def make_earlier(folder):
             shutil.rmtree(place / "state" / name)
             del metadata["item_handlers"][name]
         (place / "state" / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
-        manifest |= {"files": files.sha256_folder(place / "state"), **digests}
+        manifest |= {"files": files.sha256_folder(place / "state")}
         files.write_manifest(place / "manifest.json", manifest)
-    return digests
 
 
 def restored(folder, data, config=None, mesh=None):

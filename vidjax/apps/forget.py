@@ -1,57 +1,64 @@
 """Finds people and clips in all galleries and files, for `vidjax forget`.
 
-With --delete, the found clips are deleted from galleries. A converted dataset in the cache is
-deleted as a whole if it contains one of the clips. Unfinished files of killed processes are deleted
-if they may contain one of the clips. Training runs, folders of `vidjax who` and other files (see
-`traces`) are only listed.
+With --delete, the found clips are deleted from galleries, and the people from folders with results
+of `vidjax who`. A converted dataset in the cache is deleted as a whole if it contains one of the
+clips. Unfinished files of killed processes are deleted if they may contain one of the clips.
+Training runs and other files (see `traces`) are only listed.
 """
 
 import dataclasses
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
-from vidjax.apps.traces import PARTIAL, Traces
+from vidjax.apps.traces import PARTIAL, Trace, Traces, list_clear_names
+from vidjax.apps.video import actions, log, media
+from vidjax.apps.video.media import PEOPLE
 from vidjax.data import store
-from vidjax.utils import files, messages, names as names_lib
+from vidjax.utils import files, messages, names as names_lib, tables
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import normal_form, show
+from vidjax.utils.names import normal_form, show, strip_ending
 
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
+DELETE, DELETED = "--delete", "deleted"
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
 WAIT = "another program writes it: run the command again"
 LOOK = "look at it, and delete it or the name in it"  # for files of other programs, too
 REMOVE = "look at them; to delete one: vidjax gallery remove GALLERY --clip=NAME"
-MIN_LETTERS = 4  # of a clip whose name is searched in files
-MOST_COPIES = 3  # other clips of a gallery with a vector. A vector with more copies is no trace
+REPAIR = "repair this, then run the command again"
 # A folder of the cache that a killed process has left. The list of its clips is written last.
 UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 # Kind of a folder that is listed instead of its files -> the remedy in `Place`.
 REMEDIES = {
-    "records": "--delete",
+    "records": DELETE,
     "export": "delete it; export again when its source lacks the clips",
     "run": "its weights depend on the clips: delete it; train without them",
-    "who": "remove these people's photos and tags, and run `vidjax who --forget-missing`, which "
-    "replaces all files",
+    "who": "delete the photos, tags and films of these people, and run "
+    "`vidjax who --forget-missing --prune`",
 }
+# The files in a folder with results of `vidjax who`. Other files there are files of the user.
+RESULTS = re.compile(
+    r"(names|unknown|unmatched)\.(tsv|jsonl|html)|said\.jsonl|"
+    r"(features|people)/.+\.(npz|json|png)|subtitles/.+\.(vtt|srt)|cuts/.+\.(otio|m3u)"
+)
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
     """A folder or file that contains a searched name or vector, or could not be searched."""
 
     # `gallery`, `records` (a converted dataset), `run`, `export`, `who` (results of `vidjax who`),
-    # `file` (any other file or folder), or `unread` if the place could not be searched.
+    # `file` (any other file), or `unread` if the place could not be searched.
     kind: str
     path: Path
     about: str  # the reason
@@ -62,40 +69,7 @@ class Place(NamedTuple):
     @property
     def left(self) -> bool:
         """True if the place still contains a searched name or vector."""
-        return self.kind != "unread" and not self.remedy.startswith("deleted")
-
-
-class Survey(NamedTuple):
-    """The folders and files that `vidjax forget` must search."""
-
-    kind_of: dict[Path, str]  # folder -> kind, see `_find_kind`
-    paths: list[Path]  # sorted files and folders, except inside "records" and "unfinished"
-    found: list[Place]  # places that are empty or cannot be read
-
-    def list_folders(self, kind: str) -> list[Path]:
-        """Returns the sorted folders of a kind, such as `gallery`."""
-        return sorted(folder for folder, found in self.kind_of.items() if found == kind)
-
-    def find_whole(self, path: Path) -> Path | None:
-        """Returns the innermost folder of a kind in REMEDIES that is or contains `path`, or None.
-
-        For example, if `path` is a file of a training run, returns the folder of the run.
-        """
-        return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
-class Clip:
-    """A clip of a gallery, with its person and its vectors."""
-
-    gallery: Gallery
-    name: str
-    identity: str | None  # None for a stranger
-    vectors: dict[str, bytes]  # modality -> the numbers of its vector, if it is not 0
-
-    def __str__(self) -> str:
-        owner = f"'{show(self.identity)}'" if self.identity else "a stranger"
-        return f"'{show(self.name)}' of {owner}"
+        return self.kind != "unread" and not self.remedy.startswith(DELETED)
 
 
 def forget(
@@ -108,8 +82,9 @@ def forget(
     """Searches for people and clips in all galleries, datasets and files below `places`.
 
     `identities` are names of people. The clips of these people are searched for, too. `clips` are
-    names of other clips. If `delete` is True, the clips are deleted from galleries. Converted
-    datasets and unfinished files that contain any of the clips are deleted, too.
+    names of other clips. If `delete` is True, the clips are deleted from galleries, and the people
+    from results of `vidjax who`. Converted datasets and unfinished files that contain any of the
+    clips are deleted, too.
 
     Returns two values. The first is the list of places that contain a name or vector, or could not
     be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
@@ -117,202 +92,202 @@ def forget(
     Raises UserError if a folder does not exist, or a name is empty or invalid.
     """
     people = {normal_form(names_lib.check_name(name, "identity")) for name in identities}
-    bare = {normal_form(names_lib.clean_name(name)) for name in clips}
-    asked = bare | {
-        name + end for name in bare for end in (names_lib.ENDING, names_lib.ENDING.upper())
-    }
-    survey = _survey(places)
-    found, known = survey.found, set[str]()
-    galleries = [*_open_galleries(survey.list_folders("gallery"), found)]
+    asked = {normal_form(names_lib.clean_name(name)) for name in clips}
+    found, known, kind_of = list[Place](), set[str](), dict[Path, str]()
+    paths = _survey(places, kind_of, found)
+    galleries = [*_open_all(Gallery, kind_of, "gallery", found)]
     for gallery in galleries:
         known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
-    shown, their_names, vectors = _search_galleries(galleries, people, asked, delete=delete)
-    found += shown
-    names = people | asked | their_names
-    unfinished = survey.list_folders("unfinished")
-    found += [_report_unfinished(folder, delete=delete) for folder in unfinished]
-    for folder in survey.list_folders("run"):
-        known |= _read_people(folder, found)
-    for path in survey.paths if delete else ():
-        if path.name == said.NAME:  # the names that a user gave to faces
-            for person in people:
-                said.forget(path.parent, person)
-    clear = people | list_clear_names(names - people)
-    found += _search_files(survey, Traces(clear, vectors, names), delete=delete)
+    for names in _open_all(_read_people, kind_of, "run", found):
+        known |= names
+    own = {gallery: _list_clips(gallery, people, asked) for gallery in galleries}
+    # In results of `vidjax who`, clips have names of films: only their vectors are searched.
+    free = [x for x in galleries if kind_of.get(x.folder.parent) != "who"]
+    names = asked | {strip_ending(normal_form(name)) for x in free for name in own[x]}
+    vectors = {vector for clips in own.values() for of in clips.values() for vector in of}
+    arrays = [np.frombuffer(vector, np.float32) for vector in vectors]
+    search = _Search(people, asked, vectors, Traces(people, names, arrays, known), found, delete)
+    for gallery in free:
+        alike = _list_clips(gallery, (), list_clear_names(names), vectors)
+        search.in_gallery(gallery, own[gallery].keys(), alike.keys() - own[gallery])
+    groups = group_by_key((_find_whole(path, kind_of), path) for path in paths)
+    for folder, kind in sorted(kind_of.items()):
+        inside = [x for x in galleries if kind == "who" and x.folder.parent == folder]
+        search.in_folder(folder, kind, groups.get(folder, []), inside)
+    search.in_files(groups.get(None, ()))
     runs = {place.path for place in found if place.kind == "run"}
     for gallery in galleries:
         if (run := Path(gallery.origin.workdir)) in runs:
             about = f"its vectors were computed by '{run}', which was trained on the clips"
             remedy = "make the gallery again with a new run"
             found.append(Place("gallery", gallery.folder, about, remedy))
-    wanted = people | bare
-    return found, _find_similar(wanted, known - wanted, closely=not found)
+    wanted = people | asked
+    return [*dict.fromkeys(found)], _find_similar(wanted, known - wanted, closely=not found)
 
 
-def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gallery]:
-    """Opens and yields the galleries in `folders`. Adds reports on unreadable ones to `found`."""
-    for folder in folders:
+def list_left(out: Path, person: str) -> list[Path]:
+    """Returns the files in the folder `out` and in the cache that contain the name of a person."""
+    return [x.path for x in forget([person], (), list_roots([out]))[0] if x.left]
+
+
+def _find_in_results(out: Path, people: Collection[str]) -> str:
+    """Returns the name of a file of results that contains the name of a person, or "".
+
+    The names of folders of photos do not count. All other results follow from the log, and are
+    written together with the tables.
+    """
+    if any(line.says == "person" and line.name in people for line in log.read(out)):
+        return log.NAME
+    for name, column in {"names.tsv": "identity", "unmatched.tsv": "correction"}.items():
+        if files.exists(out / name):
+            (_, header), *rows = tables.read_text(out / name)
+            place = header.index(column) if column in header else 0
+            if any(cells[place].removeprefix("not ") in people for _, cells in rows):
+                return name
+    return ""
+
+
+def forget_in_results(out: Path, people: Collection[str]) -> None:
+    """Deletes people from the folder `out` with results of `vidjax who`.
+
+    `people` are names. Raises UserError or OSError if a file cannot be read or written.
+    """
+    actions.forget(out, people)
+
+
+@dataclasses.dataclass
+class _Search:
+    """Searches galleries and files, and adds reports to `found`. Deletes what it can, if asked."""
+
+    people: set[str]
+    clips: set[str]
+    vectors: set[bytes]
+    traces: Traces
+    found: list[Place]
+    delete: bool
+
+    def in_gallery(self, gallery: Gallery, own: Collection[str], alike: Collection[str]) -> None:
+        """Reports the clips `own`, which are deleted, and others with their names or vectors."""
+        if alike:
+            shown = ", ".join(f"'{show(clip)}'" for clip in sorted(alike))
+            about = f"a name or a vector of the clips is in {shown}"
+            self.found.append(Place("gallery", gallery.folder, about, REMOVE))
+        if own:
+            owners = Counter(gallery.clips[clip].identity for clip in own)
+            counts = {f"'{show(x)}'" if x else "strangers": n for x, n in owners.items()}
+            texts = [f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items())]
+            about, remedy = self._try(lambda: gallery.remove(clip={*own}), ", ".join(texts))
+            self.found.append(Place("gallery", gallery.folder, about, remedy))
+
+    def in_files(self, paths: Iterable[Path]) -> None:
+        """Searches files outside the folders of REMEDIES, or which a user has put into results."""
+        seen = set[Path]()  # files of the same film or photo
+        for path, trace in self._list_traces(paths):
+            if path in seen:
+                continue
+            group = media.list_files_of(path)
+            group = group if path in group else []
+            seen.update(group)
+            is_copy = any(files.exists(x / log.NAME) for x in path.parents)  # of a result
+            remedy = DELETE_FILE if group or (trace.ours and not is_copy) else LOOK
+            if PARTIAL.fullmatch(path.name):
+                remedy = self._remove_partial(path)
+            self.found += [Place("file", x, f"it {trace.about}", remedy) for x in group or [path]]
+
+    def in_folder(
+        self, folder: Path, kind: str, paths: Iterable[Path], galleries: Iterable[Gallery]
+    ) -> None:
+        """Searches the files `paths` in a folder of some kind, and `galleries` in results."""
+        if kind == "unfinished":
+            about = "a killed conversion, which may contain features of the clips"
+            self.found.append(Place("records", folder, about, self._remove_partial(folder)))
+        elif about := self._find_first(folder, kind, paths, galleries):
+            remedy = REMEDIES[kind]
+            acts = {"records": lambda: _delete_records(folder)}
+            if self.people:
+                acts["who"] = lambda: forget_in_results(folder, self.people)
+            if act := acts.get(kind):
+                about, remedy = self._try(act, about)
+            if remedy == DELETED and (left := self._find_first(folder, kind, paths, galleries)):
+                about, remedy = left, REMEDIES[kind]
+            self.found.append(Place(kind, folder, about, remedy))
+
+    def _find_first(
+        self, folder: Path, kind: str, paths: Iterable[Path], galleries: Iterable[Gallery]
+    ) -> str:
+        """Returns where a folder contains a name or vector, or ""."""
+        if kind == "who":
+            try:
+                if name := _find_in_results(folder, self.people):
+                    return f"'{name}' contains the name"
+            except (UserError, OSError) as error:
+                self.found.append(_list_unread(folder / log.NAME, error))
+                return f"'{log.NAME}' cannot be read"
+        for gallery in galleries:
+            gallery.refresh()
+            if clips := _list_clips(gallery, self.people, self.clips, self.vectors):
+                return f"'{gallery.folder.name}' contains {messages.count(len(clips), 'clip')}"
+        traces = self._list_traces(paths, own=kind == "who")
+        return next((f"'{show(path.name)}' {trace.about}" for path, trace in traces), "")
+
+    def _list_traces(
+        self, paths: Iterable[Path], *, own: bool = False
+    ) -> Iterator[tuple[Path, Trace]]:
+        """Yields each file with a trace. For `own`, see `Traces.in_file`."""
+        for path in paths:
+            if own and not self.clips and path.parent.parent.name != PEOPLE:
+                continue  # `_find_in_results` searches names; faces in films stay, without the name
+            try:
+                if trace := self.traces.in_file(path, own=own):
+                    yield path, trace
+            except FileNotFoundError:
+                continue  # another program has deleted it
+            except Exception as error:  # a damaged file may cause any error in a library
+                self.found.append(_list_unread(path, error))
+
+    def _try(self, act: Callable[[], object], about: str) -> tuple[str, str]:
+        """Calls `act` to delete something; returns the reason and the remedy of a `Place`."""
         try:
-            yield Gallery(folder)
+            if self.delete:
+                act()
+            return about, DELETED if self.delete else DELETE
+        except (UserError, OSError) as error:
+            return f"{about}, not deleted: {str(error).splitlines()[0]}", REPAIR
+
+    def _remove_partial(self, path: Path) -> str:
+        is_gone = self.delete and files.remove_partial(path)
+        return DELETED if is_gone else WAIT if self.delete else DELETE
+
+
+def _open_all(
+    read: Callable[[Path], T], kind_of: Mapping[Path, str], kind: str, found: list[Place]
+) -> Iterator[T]:
+    """Yields `read(folder)` for each folder of a kind. Adds unreadable folders to `found`."""
+    for folder in sorted(folder for folder, of in kind_of.items() if of == kind):
+        try:
+            yield read(folder)
         except (UserError, OSError) as error:
             found.append(_list_unread(folder, error))
 
 
-def _search_galleries(
-    galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
-) -> tuple[list[Place], set[str], list[np.ndarray]]:
-    """Finds clips of `people`, clips with the names `asked`, and copies, see `_find_copies`.
+def _list_clips(
+    gallery: Gallery,
+    people: Collection[str],
+    names: Collection[str],
+    vectors: Collection[bytes] = frozenset(),
+) -> dict[str, set[bytes]]:
+    """Returns the clips of `people`, those with these names, and those with one of these vectors.
 
-    If `delete` is True, deletes these clips. Other clips whose name or vector points to
-    `people` are reported, but never deleted.
-
-    Returns reports about galleries, the names of the found clips, and vectors of the found clips,
-    arrays [D] float32.
+    The result is clip -> its vectors. A vector of zeros is left out.
     """
-    clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
-    own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
-    copies, doubtful, vectors = _find_copies(clips, own, people)
-    names = {normal_form(clip.name) for clip in own | copies}
-    clear, traces = list_clear_names(names), Traces(people, ())
-    others = {*clips} - own - copies - doubtful
-    any_named = traces.in_text("\n".join(clip.name for clip in others))  # fast
-    named = {
-        clip for clip in others
-        if names_lib.strip_ending(normal_form(clip.name)) in clear
-        or (any_named and traces.in_text(clip.name))
-    }  # fmt: skip
-    found = [_report_gallery(*group, delete=delete) for group in _by_gallery(own | copies)]
-    for reason, group in (("the vector", doubtful), ("the name", named)):
-        for gallery, of in _by_gallery(group):
-            about = f"clips with {reason} of the person: {', '.join(sorted(map(str, of)))}"
-            found.append(Place("gallery", gallery.folder, about, REMOVE))
-    return found, names, [np.frombuffer(vector, np.float32) for vector in vectors]
-
-
-def _list_clips(gallery: Gallery) -> Iterator[Clip]:
-    state = gallery.state
-    parts = stack_parts(state, [*state.clips])
-    for (name, clip), *vectors in zip(state.clips.items(), *parts, strict=True):
-        of = zip(gallery.backend.widths, vectors, strict=True)
-        yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
-
-
-def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
-    groups = group_by_key((clip.gallery, clip) for clip in clips)
-    return sorted(groups.items(), key=lambda group: group[0].folder)
-
-
-def _find_copies(
-    clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
-) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds clips with the same vectors as a clip in `own`, the clips to be forgotten.
-
-    Returns three values:
-
-    - The copies: such clips of strangers, or of a person whose name is another spelling of a name
-      in `people`.
-    - The doubtful clips: such clips of other people.
-    - The vectors of `own` and of the copies.
-    """
-    holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
-    spellings = [*people, *{clip.identity for clip in own if clip.identity}]
-    homes = {clip.gallery for clip in own}  # such a gallery tells which names are different people
-    copies, doubtful, vectors, left = set[Clip](), set[Clip](), set[bytes](), [*own]
-    while left:
-        mine = left.pop().vectors
-        alike = {
-            clip for vector in mine.items() for clip in holders[vector]
-            if all(clip.vectors.get(modality, x) == x for modality, x in mine.items())
-        } - own - copies  # fmt: skip
-        if max(Counter(clip.gallery for clip in alike).values(), default=0) > MOST_COPIES:
-            continue
-        new = {
-            x for x in alike
-            if not x.identity or (x.gallery not in homes and is_spelling(x.identity, spellings))
-        }  # fmt: skip
-        vectors.update(mine.values())
-        copies |= new
-        doubtful |= alike - new
-        left += new  # their copies may have modalities that the clip in `own` lacks
-    return copies, doubtful, vectors
-
-
-def is_spelling(name: str, people: Iterable[str]) -> bool:
-    """Returns whether a name may be another spelling of one of `people`.
-
-    This is so if every word of the shorter name is a word of the longer name, or the first letter
-    of such a word, as in `lovelace, a.` and `Ada Lovelace`.
-    """
-    words = re.findall(r"[^\W_]+", names_lib.strip_accents(name))
-    for person in people:
-        others = re.findall(r"[^\W_]+", names_lib.strip_accents(person))
-        short, long = sorted((words, others), key=len)
-        if short and {*short} <= {*long, *(word[0] for word in long)}:
-            return True
-    return False
-
-
-def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
-    """Returns a report, `Place`, about `clips` of a gallery. If `delete` is True, deletes them."""
-    counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
-    about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
-    remedy = "--delete"
-    if delete:
-        try:
-            gallery.remove(clip={clip.name for clip in clips})
-            remedy = "deleted"
-        except (UserError, OSError) as error:
-            about += f", not deleted: {str(error).splitlines()[0]}"
-            remedy = "repair this, then run the command again"
-    return Place("gallery", gallery.folder, about, remedy)
-
-
-def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Selects the names to search for in files; removes the ending `.mp4`.
-
-    `clips` are names of clips. Numbers and short names, such as `a`, are left out, because they
-    occur in nearly every file.
-    """
-    bare = map(names_lib.strip_ending, clips)
-    return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
-
-
-def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Searches the files of `survey` for `traces`; yields a `Place` for each file with a trace.
-
-    If the file is in a folder such as a training run, see `Survey.find_whole`, the `Place` is the
-    folder. If `delete` is True, deletes converted datasets and unfinished files with a trace.
-    """
-    seen = set[Path | None]()  # listed folders, and files of the same film or photo
-    for path in survey.paths:
-        whole = survey.find_whole(path)
-        if is_partial := PARTIAL.fullmatch(path.name) is not None:
-            whole = None  # a killed process has left it, and nobody reads it
-        if not seen.isdisjoint({path, path.parent, whole}):
-            continue
-        try:
-            trace = traces.in_file(path)
-        except FileNotFoundError:
-            continue  # another program has deleted it
-        except (UserError, OSError, EOFError, zlib.error) as error:
-            yield _list_unread(path, error)
-            continue
-        if trace and whole:
-            seen.add(whole)
-            kind, about = survey.kind_of[whole], f"'{show(path.name)}' {trace.about}"
-            deletes = delete and kind == "records"
-            remedy = _delete_records(whole) if deletes else REMEDIES[kind]
-            yield Place(kind, whole, about, remedy)
-        elif trace:
-            group = features_folder.list_files_of(path)
-            group = group if path in group else []
-            seen.update(group)
-            remedy = DELETE_FILE if group or trace.ours else LOOK
-            if is_partial:
-                is_gone = delete and files.remove_partial(path)
-                remedy = "deleted" if is_gone else WAIT if delete else "--delete"
-            for file in group or [path]:
-                yield Place("file", file, f"it {trace.about}", remedy)
+    clips, found = gallery.state.clips, dict[str, set[bytes]]()
+    parts = stack_parts(gallery.state, [*clips])
+    for (name, clip), *of_clip in zip(clips.items(), *parts, strict=True):
+        own = {part.tobytes() for part in of_clip if part.any()}
+        is_named = clip.identity in people or strip_ending(normal_form(name)) in names
+        if is_named or not own.isdisjoint(vectors):
+            found[name] = own
+    return found
 
 
 def list_roots(places: Iterable[Path]) -> list[Path]:
@@ -347,9 +322,13 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
     return {name: other for name, other in near.items() if other}
 
 
-def _survey(places: Iterable[Path]) -> Survey:
-    """Finds the folders and files below `places` that must be searched. Does not follow links."""
-    kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
+def _survey(places: Iterable[Path], kind_of: dict[Path, str], found: list[Place]) -> list[Path]:
+    """Returns the sorted files and folders below `places` that are searched. Follows no links.
+
+    Adds each folder and its kind to `kind_of`, see `_find_kind`. Adds reports on places that are
+    empty or cannot be read to `found`.
+    """
+    paths = set[Path]()
     for root in map(Path.absolute, places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
@@ -363,10 +342,21 @@ def _survey(places: Iterable[Path]) -> Survey:
             if kind in ("records", "unfinished"):
                 inner.clear()
                 names = ["index.npz"] if kind == "records" else []
-            here = {*inner, *names} - {GALLERY_FILE, JOURNAL_FILE}
-            paths |= {folder / name for name in here}
+            paths |= {folder / x for x in {*inner, *names} - {GALLERY_FILE, JOURNAL_FILE}}
         found += [_list_unread(error.filename or root, error) for error in unread]
-    return Survey(kind_of, sorted(paths), found)
+    return sorted(paths)
+
+
+def _find_whole(path: Path, kind_of: Mapping[Path, str]) -> Path | None:
+    """Returns the innermost folder that is listed instead of the file `path`, or None.
+
+    For example, if `path` is a file of a training run, returns the folder of the run.
+    """
+    whole = next((x for x in (path, *path.parents) if kind_of.get(x) in REMEDIES), None)
+    if whole is None or PARTIAL.fullmatch(path.name):  # a killed process has left it
+        return None
+    is_own = RESULTS.fullmatch(path.relative_to(whole).as_posix())
+    return whole if is_own or kind_of[whole] != "who" else None
 
 
 def _find_kind(folder: Path, there: set[str]) -> str:
@@ -382,7 +372,7 @@ def _find_kind(folder: Path, there: set[str]) -> str:
         "records": {"index.npz", "manifest.json"} <= there,
         "export": "export.json" in there and "checkpoints" not in there,  # not an imported run
         "run": there & {"identities.json", "members.npz", "checkpoints"},
-        "who": {"names.tsv", "gallery"} <= there,
+        "who": log.NAME in there,
     }
     return next((kind for kind, is_found in kinds.items() if is_found), "")
 
@@ -392,35 +382,13 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
     return Place("unread", Path(path), about, "search it yourself")
 
 
-def _delete_records(folder: Path) -> str:
-    """Deletes a converted dataset; returns a text that says what the user must do next."""
+def _delete_records(folder: Path) -> None:
     with store.exclusive(folder):
-        if store.remove(folder):
-            return "deleted: the next run converts your files again"
-    return "some files are left in this folder: run the command again to search them"
+        if not store.remove(folder):
+            raise UserError("some files are left in this folder")
 
 
-def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Returns a report, `Place`, about the folder that a killed conversion of a dataset has left.
-
-    If `delete` is True, deletes the folder.
-    """
-    remedy = "--delete"
-    if delete:
-        whole = folder.with_name(folder.name[:20])
-        with store.exclusive(whole):  # waits for a living conversion
-            files.remove_partials(whole.parent, whole.name)
-            remedy = "delete the files that are left" if folder.exists() else "deleted"
-    about = "a killed conversion, which may contain features of the clips"
-    return Place("records", folder, about, remedy)
-
-
-def _read_people(folder: Path, found: list[Place]) -> set[str]:
-    """Returns the names of the people of a run. Adds an unreadable folder to the report `found`."""
+def _read_people(folder: Path) -> set[str]:
+    """Returns the names of the people of a run."""
     path = folder / "identities.json"
-    try:
-        names = files.read_json(path, list, PEOPLE_BYTES) if files.exists(path) else []
-        return {*map(str, names)}
-    except (UserError, OSError) as error:
-        found.append(_list_unread(folder, error))
-        return set()
+    return {*map(str, files.read_json(path, list, PEOPLE_BYTES))} if files.exists(path) else set()

@@ -1,61 +1,86 @@
-"""Searches files for names and vectors of people, for `vidjax forget`."""
+"""Searches files for names and vectors of people, for `vidjax forget`.
 
+The names of the user's own files and folders are no traces: not the name of a film in a table, and
+not the path of a photo in a JSON file. So the cell or field with a name of a person is read.
+"""
+
+import codecs
+import contextlib
 import gzip
 import html
-import itertools
+import io
 import os
 import re
 import stat
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.utils import files
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import make_file_stems, normal_form
+from vidjax.utils.names import is_unknown, make_file_stems, normal_form, strip_ending
 
 MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
-TEXTS = (
-    ".tsv", ".csv", ".json", ".jsonl", ".rttm", ".vtt", ".srt", ".otio", ".m3u", ".edl", ".html",
-    ".txt", ".tex",
-)  # fmt: skip
+# A file is searched in overlapping parts, because the search takes many times the memory of a part.
+# Of files of other programs, such as photos, which begin with tags, only one part is searched.
+PART_BYTES, OVERLAP_BYTES = 1 << 20, 1 << 14
+JSON, SUBTITLES = (".json", ".jsonl", ".otio"), (".vtt", ".srt", ".rttm")
+# Ending -> the letter between the strings or cells of a text.
+BREAKS = {**dict.fromkeys(JSON, '"'), **tables.SEPARATORS, ".m3u": ","}
+TEXTS = (*BREAKS, *SUBTITLES, ".html", ".txt", ".tex")
 BLANKS = (".rttm", ".txt")  # files in which blanks separate names, and names contain no blanks
 SQLITE = b"SQLite format 3\0"  # the first bytes of a copy of a gallery
 NEAR = 0.9999  # least cosine of two vectors of the same clip
 PIECE = 4  # numbers of a vector that identify the vector
-# A text is searched in overlapping parts, because the search takes 30 times the memory of a part.
-PART_LETTERS, OVERLAP_LETTERS = 1 << 20, 1 << 14
-HEAD_BYTES = 1 << 20  # are read of files of other programs, such as photos, which begin with tags
-# Texts in files that are not text, such as tags of photos.
-_STRINGS = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]{1,3}){16,}")
-_UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
-_NO_WORD = re.compile(r"\W")
-_PICTURE = re.compile(r"data:image/png;base64,[\w+/=]*")  # its letters are no names
-_RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
-_LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
-
-
-# First columns of tables, and first fields of JSON lines, that no other program writes. A table
+MIN_LETTERS = 4  # of a clip whose name is searched in texts
+# First columns of tables, and first fields of JSON objects, that no other program writes. A table
 # with only the columns clip and identity may be the user's labels.
 HEADERS = (
     ("clip", "identity", "probability", "score"), ("clip", "identity", "accepted", "log_ratio"),
     ("clip", "other", "accepted", "log_ratio"), ("clip", "identity", "video", "start", "end"),
-    ("identity", "rank", "clip", "score"), ("video", "start", "end", "identity", "probability"),
-    ("video", "time", "correction"),
+    ("identity", "rank", "clip", "score"), ("identity", "clips", "clip", "score"),
+    ("video", "start", "end", "identity", "probability"), ("video", "time", "correction"),
+    ("format", "video", "source"), ("OTIO_SCHEMA", "name", "tracks"),
 )  # fmt: skip
-# How a table in CSV, TSV or JSON lines with such columns begins.
+# Fields and columns of such files with names of films and photos, and of their clips.
+FILE_FIELDS = ("video", "path", "address", "clip", "clips")
+_FIELD = re.compile(rf'"(?:{"|".join(FILE_FIELDS)})":\s*+(?:\[(?:"[^"\[\]]*",\s*+)*+)?"\Z')
+# A value in JSON, and the start of the next field. `*+` never tries a shorter match: it is fast.
+_VALUE = r'"\s*+:\s*+(?:"(?:[^"\\]|\\.)*+"|[^"\[{,]*+),?[\s\[{]*+"'
+# How a table, a JSON file, a playlist and a page of vidjax begin.
 OURS = re.compile(
     "|".join(
-        rf'\ufeff?(\{{")?{between.join(header)}\b'
-        for header in HEADERS for between in (",", "\t", r'": [^\n]*?, "')
+        rf'\ufeff?(\{{\s*")?{between.join(header)}\b'
+        for header in HEADERS for between in (",", "\t", _VALUE)
     )
+    + r"|#EXTM3U\n#EXTINF:\d+,.*\n#EXTVLCOPT:start-time="
+    r"|\s*<!DOCTYPE html>[^\0]{,3000}<title>[^<\n]*Who appears when</title>"
 )  # fmt: skip
+START_LETTERS = 1 << 14  # of a file, which are compared with OURS
+# The lines of subtitles and .rttm of vidjax, except for the names.
+_CUES = re.compile(
+    r"^(WEBVTT|\d+|[\d:.,]+ --> [\d:.,]+)$|^SPEAKER \S+ 1 [\d.]+ [\d.]+ <NA> <NA> | <NA> <NA>$",
+    re.MULTILINE,
+)
+# A path, or the name of a film, a photo, or a clip of a film.
+_FILE = re.compile(
+    r"(?:file:/)?[~.]*/.|.*\.(?:3gp|avi|divx|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|mxf|og[mv]|ts|vob|"
+    r"webm|wmv|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|png|ppm|tiff?|webp|[sft]\d\d+)\Z"
+)
+PATH_LETTERS = 4096  # of the longest path
+_FILM_NAME = re.compile(r'<bdi dir="ltr">[^<]*|<[^<>]*>')  # in a page of vidjax, and all tags
+_PICTURE = re.compile(r"data:image/png;base64,[\w+/=]*")  # its letters are no names
+# Texts in files that are not text, such as tags of photos.
+_STRINGS = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]{1,3}){16,}")
+_UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
+_LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
+_BEGIN = re.compile(rb"[\0-/:-@[-`{-\x7f]|[\xc2-\xf4]")  # of a part: not within a letter or word
 # A file that a killed process has left, and the name of the file that it would have replaced.
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
@@ -67,114 +92,112 @@ class Trace(NamedTuple):
     ours: bool  # True if no other program writes such a file
 
 
-class Content(NamedTuple):
-    """The content of a file: the texts and arrays in which names and vectors are searched."""
-
-    texts: Sequence[str] = ()
-    arrays: Sequence[np.ndarray] = ()
-    raw: bytes = b""
-    head: bytes = b""  # the first bytes of a file of another kind
-
-
 class Traces:
-    """Searches files for names of people and for the embeddings of their clips."""
+    """Searches files for names of people and clips, and for the embeddings of the clips.
+
+    Args:
+      people: names of people.
+      clips: names of clips. Short names and numbers, such as `1`, are searched only in lists.
+      vectors: the embeddings [D] of the clips. Each modality, such as face, may have another D.
+      known: the names of all people. Vidjax writes no other texts into subtitles.
+    """
 
     def __init__(
-        self, names: Iterable[str], vectors: Iterable[np.ndarray], lines: Iterable[str] = ()
+        self,
+        people: Collection[str],
+        clips: Collection[str],
+        vectors: Iterable[np.ndarray],
+        known: Iterable[str] = (),
     ):
-        """Sets the names and embeddings to search.
-
-        `names` are the names of people and clips. `vectors` are the embeddings [D] of the clips.
-        Each modality, such as face, may have another length D. `lines` are names that may be short,
-        such as `1`. They are found only as whole lines of text that a file stores as uint8 arrays.
-        """
-        self._lines = {*lines}
-        # First word of names -> (place of the word in a name, length of the name) -> the names. For
-        # example, "ada" -> (0, 12) -> {"ada lovelace"}.
-        self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
-        # Names without words, and names in scripts without blanks or with particles, whose letters
-        # have the Unicode category Lo. They may touch other letters.
-        self._parts = set[str]()
-        self._pieces = set[bytes]()  # letters of each name that are the same in all codes of texts
-        for name in names:
-            self._pieces.add(max(re.findall(rb"[a-z0-9]*", name.lower().encode()), key=len))
-            # `_simplify` takes the end of a cell, `\\"`, for a code of JSON.
-            spellings = (name, name.rstrip("\\") or name, *make_file_stems([name]))
-            for plain in map(_simplify, spellings):
-                word = re.search(r"\w+", plain)
-                if word and "Lo" not in map(unicodedata.category, plain):
-                    key = (word.start(), len(plain))
-                    self._names.setdefault(word[0], {}).setdefault(key, set()).add(plain)
-                else:
-                    self._parts.add(plain)
+        self._people, self._clips = _spell(people), _spell(list_clear_names(clips))
+        self._lines = {*people}, {*clips}
+        self._known = {*map(_simplify, (*people, *known))}
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
+        starts = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
+        self._pieces = {x.tobytes() for x in starts}
+        # The letters of each name that are the same in all codes of texts.
+        words = (re.findall(rb"[a-z0-9]*", x.encode()) for x in (*self._people, *self._clips))
+        self._words = {max(of_name, key=len) for of_name in words}
 
-    def in_file(self, path: Path) -> Trace | None:
-        """Searches the content and the file name of `path` for the given names and embeddings.
+    def in_file(self, path: Path, *, own: bool = False) -> Trace | None:
+        """Searches the content of `path` for the given names and embeddings; returns a trace.
 
-        If `path` is a folder, only the name of the folder is searched. Returns the first trace, or
-        None. Raises UserError if the file cannot be read, and OSError if the disk fails.
+        Returns None if there is none, or if `path` is a link. `own` is True for a file that vidjax
+        wrote, and for a folder that vidjax has named after a person. Raises UserError if the file
+        cannot be read, and OSError if the disk fails.
         """
-        name = path.name
-        if partial := PARTIAL.fullmatch(name):
-            name = partial[1]
-        content = read(path, name) if stat.S_ISREG(os.lstat(path).st_mode) else Content()
-        pieces = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
-        floats = (x for x in content.arrays if x.dtype.kind == "f")
-        if any(x.tobytes() in content.raw for x in pieces) or any(map(self._in_array, floats)):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            is_named = own and stat.S_ISDIR(mode) and _has_name(self._people, path.name)
+            return Trace("is named after the person", own) if is_named else None
+        partial = PARTIAL.fullmatch(path.name)
+        bare, ending = os.path.splitext(partial[1] if partial else path.name)
+        ending = ending.lower()
+        if ending == ".parquet":
+            texts, arrays, columns = parquet.read_contents(path)
+            kept = "\n".join(text for text in texts if not _FILE.match(text.lower()))
+            contents = [("", kept), ("clips", "\n".join(texts)), *(("", x) for x in arrays)]
+            return self._in_contents(contents, own or bool(OURS.match(",".join(columns))))
+        if ending == ".npz":
+            limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
+            arrays = files.read_npz(path, limit)
+            # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
+            clips = "\n".join([bare, f"{path.parent.name}_{bare}", *arrays])
+            return self._in_contents([("clips", clips), *arrays.items()], own)
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(io.BufferedReader(files.open_regular(path)))
+            is_whole = ending in (*TEXTS, ".gz", ".safetensors") or file.peek(16)[:16] == SQLITE
+            if ending == ".gz":
+                bare, ending = os.path.splitext(bare)
+                file = cast(BinaryIO, opened.enter_context(gzip.GzipFile(fileobj=file)))
+            return self._in_stream(file, bare, ending, own, is_whole=is_whole)
+
+    def _in_contents(
+        self, contents: Collection[tuple[str, np.ndarray | str]], ours: bool
+    ) -> Trace | None:
+        """Searches texts and arrays. If the name of an array is `clips`, it has names of clips."""
+        if any(self._has_vector(x) for _, x in contents if not isinstance(x, str)):
             return Trace("contains a vector", ours=True)
-        ours = any(map(OURS.match, content.texts[:1]))
-        others = (x for x in content.arrays if x.dtype.kind != "f")
-        # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
-        if any(map(self.in_text, (name, f"{path.parent.name}_{name}"))):
-            return Trace("has the name in its file name", ours)
-        texts = itertools.chain(content.texts, self._list_strings(content.head))
-        if any(map(self.in_text, texts)) or any(map(self._in_array, others)):
-            return Trace("contains the name", ours)
+        for name, content in contents:
+            text = _to_text(content)
+            start = int(name.rpartition("/")[2] == "clips")  # people are not searched there
+            lines = set(map(normal_form, text.split("\n"))) if content is not text else set[str]()
+            if any(_has_name(names, text) for names in (self._people, self._clips)[start:]) or any(
+                not wanted.isdisjoint(lines) for wanted in self._lines[start:]
+            ):
+                return Trace("contains the name", ours)
         return None
 
-    def _list_strings(self, head: bytes) -> Iterator[str]:
-        """Yields the text in `head`, the first bytes of a file, if it may contain a name."""
-        if any(piece in head.lower() for piece in self._pieces):
-            is_text = b"\0" not in head
-            yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
+    def _in_stream(
+        self, file: BinaryIO, bare: str, ending: str, own: bool, *, is_whole: bool
+    ) -> Trace | None:
+        """Searches an open file with the name `bare` and an ending, or only its first part."""
+        start, found, ours, only_names = "", False, own, ending in SUBTITLES
+        for content, text in read_parts(file, ending in TEXTS):
+            if any(piece in content for piece in self._pieces):
+                return Trace("contains a vector", ours=True)
+            if not is_whole and b"\0" in content:
+                lower = content.lower()
+                strings = _STRINGS.findall(content) if any(x in lower for x in self._words) else ()
+                text = decode(b"\n".join(strings))
+            start = start or text[:START_LETTERS]
+            ours = ours or (ending in TEXTS and OURS.match(start) is not None)
+            text = _strip(text, ending, ours)
+            if only_names:
+                names = {_simplify(x) for x in text.splitlines() if x}
+                only_names = {x for x in names if not is_unknown(x)} <= self._known
+            found = found or _has_name(self._clips, text)
+            found = found or _has_name(self._people, text, ending, start if ours else "")
+            if not is_whole or (found and not only_names):
+                break
+        ours = ours or only_names
+        if not found and ours and ending in (".m3u", ".otio") and _has_name(self._people, bare):
+            return Trace("is named after the person", ours)
+        return Trace("contains the name", ours) if found else None
 
-    def in_text(self, text: str) -> bool:
-        """Returns whether a text contains one of the searched names.
-
-        "Ada" as a part of the longer name "Ada Lovelace" does not count.
-        """
-        return any(map(self._in_part, _divide(text)))
-
-    def _in_part(self, text: str) -> bool:
-        plain = _simplify(text)
-        for word in self._names.keys() & {*re.findall(r"\w+", plain)}:
-            places = (found.start() for found in re.finditer(rf"\b{word}\b", plain))
-            for place, ((at, length), names) in itertools.product(
-                places, self._names[word].items()
-            ):
-                begin, end = place - at, place - at + length
-                if begin >= 0 and plain[begin:end] in names:
-                    around = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
-                    if not (_LONGER[0].search(around[0]) or _LONGER[1].match(around[1])):
-                        return True
-        return any(part in plain for part in self._parts)
-
-    def _in_array(self, array: np.ndarray) -> bool:
-        """Returns whether an array contains a name or an embedding.
-
-        An array of text is searched for names. In a float array [..., D], each row is compared with
-        the embeddings, and so is the mean of all rows.
-        """
-        if array.dtype.kind in "US":
-            return self.in_text("\n".join(map(str, array.ravel())))
-        if array.dtype == np.uint8 and array.ndim == 1:  # a text, such as a list of names
-            text = decode(array.tobytes())
-            lines = {*map(normal_form, text.split("\n"))}
-            return bool(self._lines & lines) or self.in_text(text)
-        if array.dtype.kind != "f":
-            return False
-        for width, vectors in self._vectors.items():
+    def _has_vector(self, array: np.ndarray) -> bool:
+        """Returns whether a row of a float array [..., D], or the mean of all rows, is a vector."""
+        for width, vectors in self._vectors.items() if array.dtype.kind == "f" else ():
             if array.ndim == 1 or array.shape[-1:] == (width,):
                 whole = array[: len(array) // width * width] if array.ndim == 1 else array
                 rows = whole.reshape(-1, width).astype(np.float64)
@@ -185,65 +208,122 @@ class Traces:
         return False
 
 
-def read(path: Path, name: str) -> Content:
-    """Reads the content of a file. The ending of `name` decides how it is read.
+def list_clear_names(clips: Iterable[str]) -> set[str]:
+    """Selects the names to search for in texts; removes the ending `.mp4`.
 
-    If `path` has a temporary name, `name` is the final name of the file.
+    `clips` are names of clips. Numbers and short names, such as `a`, are left out, because they
+    occur in nearly every file.
     """
-    bare, ending = os.path.splitext(name.lower())
-    with files.open_regular(path) as file:
-        head = file.read(HEAD_BYTES)
-    if ending == ".parquet":
-        texts, arrays, columns = parquet.read_contents(path)
-        return Content([",".join(columns), *texts], arrays)
-    if ending == ".npz":
-        limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
-        arrays = files.read_npz(path, limit)
-        return Content(["\n".join(arrays)], [*arrays.values()])
-    if head.startswith(SQLITE) or ending == ".safetensors":
-        raw = files.read_bytes(path, MAX_BYTES)
-        return Content([decode(raw)], raw=raw)
-    if ending == ".gz":
-        with files.open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
-            text = decode(unpacked.read(MAX_BYTES))
-            if unpacked.read(1):
-                raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
-        return Content(_list_texts(text, os.path.splitext(bare)[1]))
-    if ending in TEXTS:
-        text = _PICTURE.sub("", decode(files.read_bytes(path, MAX_BYTES)))
-        return Content(_list_texts(text, ending))
-    return Content(head=head)
+    bare = map(strip_ending, clips)
+    return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
-def _list_texts(text: str, ending: str) -> list[str]:
-    return [text, "\n".join(text.split())] if ending in BLANKS else [text]
+def _spell(names: Iterable[str]) -> dict[str, bool]:
+    """Returns name as `_simplify` writes it -> whether it may touch other letters.
+
+    These are names without words, and names in scripts without blanks or with particles, whose
+    letters have the Unicode category Lo.
+    """
+    # `_simplify` takes the end of a cell, `\\"`, for a code of JSON.
+    spellings = ((x, x.rstrip("\\") or x, *make_file_stems([x])) for x in names)
+    plain = {_simplify(x) for of_name in spellings for x in of_name}
+    return {x: not re.search(r"\w", x) or "Lo" in map(unicodedata.category, x) for x in plain}
 
 
-def _divide(text: str) -> Iterator[str]:
-    """Yields overlapping parts of a text. No part begins or ends within a word of usual length."""
+def _has_name(names: Mapping[str, bool], text: str, ending: str = "", start: str = "") -> bool:
+    """Returns whether a text contains one of the `names`, see `_spell`, except in names of files.
 
-    def find_end(at: int) -> int:
-        end = min(at + OVERLAP_LETTERS // 2, len(text))
-        return found.start() if (found := _NO_WORD.search(text, at, end)) else end
+    `ending` is the ending of the file. If vidjax wrote the file, `start` is its start.
+    """
+    plain = _simplify(text)
+    for name, may_touch in names.items():
+        end = 0
+        while (begin := plain.find(name, end)) >= 0:
+            end = begin + len(name)
+            before, after = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
+            is_longer = _LONGER[0].search(before) or _LONGER[1].match(after)
+            if (may_touch or not is_longer) and not _is_file(plain, begin, end, ending, start):
+                return True
+    return False
 
-    begin = end = 0
-    while end < len(text):
-        end = find_end(begin + PART_LETTERS)
-        yield text[begin:end]
-        begin = find_end(end - OVERLAP_LETTERS)
+
+def _is_file(text: str, begin: int, end: int, ending: str, start: str) -> bool:
+    """Returns whether letters are in a cell or string that names a file. See `_has_name`."""
+    if not (separator := BREAKS.get(ending)):
+        return False
+    near = text[max(begin - PATH_LETTERS, 0) : begin]
+    row = near[near.rfind("\n") + 1 :]
+    place = row.rfind(separator) + 1
+    rest = re.split(f"[\n{separator}]", text[begin : end + PATH_LETTERS], maxsplit=1)[0]
+    if _FILE.match(row[place:] + rest):
+        return True
+    columns = start.partition("\n")[0].split(separator)[row.count(separator) :]
+    is_column = ending == ".tsv" and len(row) < PATH_LETTERS and columns[:1]
+    return bool(is_column and columns[0] in FILE_FIELDS) or bool(
+        start and _FIELD.search(row[:place])
+    )
+
+
+def _strip(text: str, ending: str, ours: bool) -> str:
+    """Returns a text without pictures, and in files of vidjax without the names of films."""
+    if ending in SUBTITLES:
+        text = _CUES.sub("", text)
+    if ours and ending == ".html":
+        text = _FILM_NAME.sub("\n", _PICTURE.sub("", text))
+    if ours and ending == ".m3u":
+        return ""
+    text = _PICTURE.sub("", text)
+    return "\n".join([text, *text.split()]) if ending in BLANKS else text
+
+
+def read_parts(file: BinaryIO, is_text: bool) -> Iterator[tuple[bytes, str]]:
+    """Yields the content of a file in overlapping parts, each as bytes and as text.
+
+    Letters that are added at the ends of a part make sure that a name is found only with the
+    letters around it. If `is_text` is True, the text may be in UTF-16. Raises UserError if the file
+    has more than MAX_BYTES.
+    """
+    rest, left, following = b"", MAX_BYTES, file.read(PART_BYTES)
+    code = _find_code(following) if is_text else ""
+    decoder = codecs.getincrementaldecoder(code)("replace") if code else None
+    while content := following:
+        following, left = file.read(PART_BYTES), left - len(content)
+        if left < 0:
+            raise UserError(f"it has more than {MAX_BYTES:,} bytes")
+        content = rest + (decoder.decode(content).encode() if decoder else content)
+        yield content, "x" * bool(rest) + decode(content) + "x" * bool(following)
+        rest = content[-OVERLAP_BYTES:]
+        rest = rest[found.start() :] if (found := _BEGIN.search(rest)) else rest
+
+
+def _find_code(content: bytes) -> str:
+    """Returns the encoding of a text in UTF-16, or "" for any other text."""
+    if content.startswith(tables.BOMS):  # as Excel saves tables
+        return "utf-16"
+    head = content[:1000]
+    if 8 * head.count(b"\0") <= len(head):
+        return ""
+    return "utf-16-le" if head.index(b"\0") % 2 else "utf-16-be"
 
 
 def decode(content: bytes) -> str:
-    """Decodes a text in UTF-8, UTF-16 or Windows-1252, so that names in it can be found.
+    """Decodes a text in UTF-8 or Windows-1252, so that names in it can be found.
 
     If the encoding is not clear, the result contains the text twice: as UTF-8, and as Windows-1252.
     """
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):  # as Excel saves tables
-        return content.decode("utf-16", "replace")
     try:
-        return content.decode()
+        return codecs.utf_8_decode(content, "strict", False)[0]  # the last letter may be divided
     except UnicodeDecodeError:
         return content.decode(errors="replace") + "\n" + content.decode("cp1252", "replace")
+
+
+def _to_text(content: np.ndarray | str) -> str:
+    """Returns the text in an array of text, or of bytes, such as a list of names."""
+    if isinstance(content, str):
+        return content
+    if content.dtype == np.uint8 and content.ndim == 1:
+        return decode(content.tobytes())
+    return "\n".join(map(str, content.ravel())) if content.dtype.kind in "US" else ""
 
 
 def _simplify(text: str) -> str:
@@ -258,8 +338,8 @@ def _simplify(text: str) -> str:
         text = text.replace('\\"', '"').replace("\\\\", "\\")
     text = html.unescape(text) if "&" in text else text
     text = urllib.parse.unquote(text) if "%" in text else text
-    text = text.translate({ord("_"): " ", ord("\u2039"): "<", ord("\u203a"): ">"})
-    text = _RATE.sub("", text.replace('""', '"'))
+    for code, letter in ("_", " "), ("\u2039", "<"), ("\u203a", ">"), ('""', '"'):
+        text = text.replace(code, letter)
     return normal_form(normal_form(text).casefold())
 
 

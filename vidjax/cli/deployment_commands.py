@@ -35,20 +35,18 @@ def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def add_export_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax export`."""
-    parser.add_argument("folder", metavar="RUN", help="the folder of a run or of a gallery")
+    parser.add_argument("folder", metavar="RUN", help="the folder of a run")
     parser.flag("--to DIR", "the new folder", required=True)
-    about = "the format; for a gallery only safetensors or numpy"
-    parser.add_argument("--format", choices=FORMATS, required=True, help=about)
+    parser.add_argument("--format", choices=FORMATS, required=True, help="the format")
     about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
-    parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
+    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help=about)
     shared_flags.add_definitions(parser)
-    examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
-    parser.command(_export, *examples)
+    parser.command(_export, "runs/mma --to=exported --format=onnx")
 
 
 def add_import_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax import`."""
-    about = "a folder that vidjax export has written for a run"
+    about = "a folder that vidjax export has written"
     parser.add_argument("folder", metavar="DIR", help=about)
     parser.flag("--to NEW_RUN", "the folder of the new run", required=True)
     shared_flags.add_definitions(parser)
@@ -56,31 +54,22 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery, and checks that the exported files give the same results."""
+    """Exports a run, and checks that the exported files give the same results."""
     (source, to), began = _read_paths(args), time.monotonic()
-    from vidjax.apps.gallery import array_export
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.store import GALLERY_FILE
+    from vidjax.training import public
 
     shared_flags.load_definitions(args)
     target = FORMATS[args.format]
     require_packages(f"--format={args.format}", *target.packages, extra=target.extra)
     with files.atomic_folder(to) as folder:
-        if is_gallery := files.exists(source / GALLERY_FILE):
-            if args.checkpoint:
-                raise UserError("--checkpoint has no effect on a gallery: leave it out")
-            facts = array_export.write_gallery(args.format, Gallery(source), folder)
-        else:
-            from vidjax.training import public
-
-            public.open_run(source)  # if it is no run, the error gives a remedy
-            facts = formats.write_run(args.format, source, folder, args.checkpoint or "latest")
+        public.open_run(source)  # if it is no run, the error gives a remedy
+        facts = formats.write_run(args.format, source, folder, args.checkpoint)
         written = {"format": args.format, **facts, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     texts = {
         "folder": messages.relative_path(to),
-        "contains": target.gallery_file if is_gallery else target.file,
+        "contains": target.file,
         "compared": f"largest difference {facts['difference']:.1e}; 1e-05 is allowed",
         "bytes": f"{size / 1e6:,.1f} MB",
         "time": f"{time.monotonic() - began:.1f} s",
@@ -116,11 +105,9 @@ def add_serve_flags(parser: Parser) -> None:
     about = f"An environment variable also sets a limit, such as {PREFIX}CLIPS for --clips.\n"
     about += "In brackets: the HTTP status of a request above the limit."
     group = parser.add_argument_group("limits", about)
-    for name, limit in LIMITS.items():
+    for limit in LIMITS.values():
         about = f"{limit.meta.description} (default: {limit.text})"
         parser.flag(f"{limit.flag} N", about, of=group)
-        if "_" in name:  # the spelling of the first versions
-            group.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.command(serve, "--gallery=people", "--gallery=people --port=9000")
 
 

@@ -5,15 +5,26 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vidjax.apps import cards, features_folder, said
+from vidjax.apps import cards, forget
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.said import FEATURES
-from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
-from vidjax.apps.video.decision import Decision
+from vidjax.apps.video import (
+    actions,
+    log,
+    measured_cards,
+    media,
+    net_families,
+    net_packages,
+    pipeline,
+    results,
+    who,
+)
+from vidjax.apps.video.decide import Decision
 from vidjax.apps.video.measured_cards import MeasuredCard
+from vidjax.apps.video.media import FEATURES
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
@@ -31,20 +42,23 @@ PHOTOS_TO_MEASURE = (
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line about a film or photo that was read, and a line for each problem with it."""
+    """Prints a line about a film or photo that was read, and a line for each problem with it.
+
+    Prints nothing about a copy of a film or photo.
+    """
     film = outcome.media
+    if outcome.copy:
+        return
     if film is None:
         say(outcome.error, warning=True)
         return
     faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
-    if outcome.replaced:
-        note = ", replaces another file of this name"
     voices = f", {film.voices:,} with a voice" if film.voices else ""
     problems = results.list_problems(film, outcome.path)
     for line in (
-        f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
+        f"{media.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
         *(f"  {problem}" for problem in problems),
     ):
         say(line, warning=bool(problems))
@@ -57,13 +71,13 @@ def run_extract(args: argparse.Namespace) -> Result:
     """
     began, out = time.monotonic(), args.out
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
-    settings = features_folder.choose_settings(out, **given)
+    settings = media.choose_settings(out, **given)
     outcomes = pipeline.extract_folders(
         {out: args.files}, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )[out]  # fmt: skip
-    films = [outcome.media for outcome in outcomes if outcome.media]
+    films = [outcome.media for outcome in outcomes if outcome.media and not outcome.copy]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
@@ -97,8 +111,8 @@ def add_shared_flags(parser: Parser) -> None:
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.flag("--check", about, of=parser.programs)
     about = (
-        "deletes the results of deleted files. If the whole folder of a file is missing or empty, "
-        "the results are kept, because a drive may not be connected"
+        "deletes the results of files that were deleted or replaced. If the whole folder of a file "
+        "is missing or empty, the results are kept, because a drive may not be connected"
     )
     parser.flag("--prune", about)
 
@@ -141,11 +155,14 @@ def add_who_flags(parser: Parser) -> None:
     parser.flag("--review", f"{about}browser on this machine")
     add_shared_flags(parser)
     about = (
-        "forgets missing photos, even if whole folders are missing. A person without photos is "
-        "forgotten, with the names that you typed. With --prune, it also deletes the results of "
+        "forgets missing photos, even if whole folders are missing. A person who loses all photos "
+        "is forgotten, with the names that you typed. With --prune, it also deletes the results of "
         "films whose whole folder is missing or empty"
     )
     parser.flag("--forget-missing", about)
+    about = "takes corrections of a film over to a film that shows the same faces at the same "
+    about += "times, for example after the film was encoded again"
+    parser.flag("--take-over", about)
     add_rule(parser)
     _add_padding(parser)
     example = "holiday.mp4 --people=friends --models=models --out=names --thumbnails"
@@ -162,26 +179,44 @@ def add_review_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax review`."""
     about = "the folder of results: --out of vidjax who. Its films, photos and nets are not needed"
     parser.add_argument("out", metavar="FOLDER", help=about)
+    about = 'names a person without a browser, as in --name="unknown 3=Ada"; may be repeated'
+    parser.flag("--name OLD=NEW", about, action="append", default=[])
     add_rule(parser)
     _add_padding(parser)
-    parser.command(review_names, "names")
+    parser.command(review_names, "names", 'names --name="unknown 3=Ada"')
 
 
 def review_names(args: argparse.Namespace) -> Result:
     """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
-    out = args.out
-    if not said.has_log(out):
+    out, chosen = args.out, _read_choice(args)
+    log.check_version(out)
+    if not log.has_log(out):
         about = "name the folder that you gave as --out, or call vidjax who first"
         raise UserError(f"'{out}' has no results: {about}")
-    return describe_names(_review(out, args), out)
+    if not args.name:
+        return describe_names(_review(out, args), out)
+    page = actions.Review(out, **chosen)
+    for count, text in enumerate(args.name):
+        try:
+            page.change("name", *actions.parse_name(page, text))
+        except UserError:
+            for _ in range(count):
+                page.undo()
+            raise
+    page.save()
+    return describe_names(page.done, out)
+
+
+def _read_choice(args: argparse.Namespace) -> dict[str, Any]:
+    return {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
 
 
 def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoResults:
     require_packages("the page", "starlette", "uvicorn", extra="serve")
     from vidjax.apps.video import review  # it needs starlette
 
-    chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
-    return review.serve_review(review.Review(out, *given, **chosen))
+    chosen = _read_choice(args)
+    return review.serve_review(actions.Review(out, *given, **chosen), forget.list_left)
 
 
 def name_people(args: argparse.Namespace) -> Result:
@@ -192,12 +227,14 @@ def name_people(args: argparse.Namespace) -> Result:
     if args.review:
         require_packages("--review", "starlette", "uvicorn", extra="serve")
     out = args.out
-    settings = features_folder.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
-    chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
+    log.check_version(out)
+    settings = media.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
+    chosen = _read_choice(args)
     done = who.name_people(
         args.files, args.people, out, args.models, settings,
         workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
-        forget_missing=args.forget_missing, done=print_outcome, tell=print_note, **chosen,
+        forget_missing=args.forget_missing, take_over=args.take_over,
+        done=print_outcome, tell=print_note, **chosen,
     )  # fmt: skip
     if args.review:
         reviewed = _review(out, args, done.decision)
@@ -219,7 +256,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
         "page": out / results.PAGE,
         "table": out / results.TABLES[0],
-        "note": done.decision.card,
+        "note": done.card,
         "no usable photo": messages.list_some(done.missed),
         **messages.describe_failed(done.failed),
     }
@@ -227,7 +264,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         texts["unknown"] = (
             f"{unknown} without a name: to name them, vidjax review {quote_path(out)}"
         )
-        if not (out / FEATURES / features_folder.THUMBNAILS).exists():
+        if not (out / FEATURES / media.THUMBNAILS).exists():
             texts["pictures"] = "none: to see faces on the page, add --thumbnails to the command"
     rows = [[messages.shorten(cell) for cell in line] for line in done.lines]
     return Result(facts, texts, rows, code=1 if done.failed else 0)
@@ -342,7 +379,8 @@ def measure_card(args: argparse.Namespace) -> Result:
     elif args.input:
         done = measured_cards.measure_features(models, args.input)
     if gallery:
-        card_notes.adopt(gallery, models)
+        with gallery.change() as draft:
+            card_notes.adopt(draft, models)
     return describe_cards(done, gallery)
 
 

@@ -2,39 +2,30 @@
 
 import argparse
 
-from vidjax.apps.forget import DELETE_FILE, forget, list_roots
+from vidjax.apps.forget import DELETE, DELETE_FILE, forget, list_roots
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result, quote_path
 from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
 
 HELP = """\
-Lists galleries, caches, runs, results and all other files that contain names of
-people or clips, or vectors of their clips.
+Lists galleries, caches, runs, results and other files with names of people or
+clips, or vectors of their clips. Names of your own files and folders, such as
+films, do not count. A PLACE is a folder, by default the current folder. It is
+searched with all folders below it. The cache is always searched, too.
 
-A PLACE is a folder. It is searched with all folders below it. The default is
-the current folder. The cache is always searched, too. Without --delete, nothing
-is changed.
-
-With --delete, clips are deleted from galleries, and the parameters of these
-galleries are fitted again. Converted datasets that contain a clip are deleted
-from the cache: the next run converts the remaining files again. A clip with the
-vector of a deleted clip is deleted, too, if it belongs to a stranger or to
-another spelling of the name. If it belongs to another person, it is listed.
-Files that a killed command has not finished are deleted, too.
-
-Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. Other files are only listed, too. An rm command deletes the files
-that vidjax wrote. If another program may have written a file, look at it, and
-delete it or the name in it. Of photos, films and other files that are not text,
-only the names and the first megabyte are searched. Search compressed files of
-other programs yourself.
+With --delete, clips are deleted from galleries, people from results of `vidjax
+who`, and from the cache all datasets with these clips. Unfinished files of
+killed commands are deleted, too. Everything else is only listed: clips with
+equal vectors that have another name, runs, whose weights depend on the training
+clips, and files. An rm command deletes the files that vidjax wrote. Look at the
+others. Of photos, films and other files that are not text, only the first
+megabyte is searched. Search compressed files of other programs yourself.
 
 The vectors are known only until they are deleted from the gallery. So delete
-all listed files before you run the command again.
-
-The exit code is 0 if no listed place is left. It is 1 if a place still contains
-a name, could not be searched, or is empty: the drive may not be connected.
+all listed files before you run the command again. The exit code is 1 if a place
+still contains a name, could not be searched, or is empty: the drive may not be
+connected.
 """
 
 
@@ -45,7 +36,7 @@ def add_forget_flags(parser: Parser) -> None:
     for flag, what in {"identity": "person", "clip": "clip"}.items():
         about = f"the name of a {what}; may be repeated"
         parser.flag(f"--{flag} NAME", about, action="append", default=[])
-    parser.flag("--delete", "deletes the clips from galleries, and deletes converted datasets")
+    parser.flag("--delete", "deletes people and clips from galleries, results and the cache")
     parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")
 
 
@@ -61,24 +52,24 @@ def forget_names(args: argparse.Namespace) -> Result:
     places, similar = forget(args.identity, args.clip, list_roots(args.places), delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
-    ours = [place.path for place in places if place.remedy == DELETE_FILE]
-    delete = " ".join(["rm -r --", *map(quote_path, ours)]) if ours else ""
+    ours = [quote_path(place.path) for place in places if place.remedy == DELETE_FILE]
     facts = {
         "places": [place._asdict() | {"path": str(place.path)} for place in places],
         "left": left,
         "unread": unread,
         "deleted": len(places) - left - unread,
         "similar": similar,
-        "delete_files": delete,
+        "delete_files": " ".join(["rm -r --", *ours]) if ours else "",
     }
     lines = list[str]()
     for place in places:
         lines.append(f"  {place.kind:8} {show(str(place.path))}: {place.about}")
         if place.remedy != DELETE_FILE:
-            remedy = "to delete: add --delete" if place.remedy == "--delete" else place.remedy
+            remedy = "to delete: add --delete" if place.remedy == DELETE else place.remedy
             lines.append(f"           {remedy}")
     if ours:
-        lines += ["to delete the files of vidjax, after you have looked at them:", f"  {delete}"]
+        title = "to delete the files of vidjax, after you have looked at them:"
+        lines += [title, f"  {facts['delete_files']}"]
     lines += [
         f"'{show(other)}' looks similar to '{show(name)}', but is another name: it is not deleted"
         for name, other in similar.items()

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidjax.apps import bulk, features_folder
+from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
-from vidjax.apps.gallery.answers import NamingRule
+from vidjax.apps.gallery.answers import Rule
 from vidjax.apps.gallery.changes import find_enrolled
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import migrate
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.video import clip_inputs, naming, subtitles
 from vidjax.data.clips import SPLITS
@@ -207,19 +206,6 @@ def _add_threshold(parser: Parser) -> None:
     parser.command(_threshold, "G --fpir=0.01")
 
 
-def _add_export(parser: Parser) -> None:
-    parser.flag("--out FILE", "the new file: .parquet", required=True)
-    parser.command(_export, "G --out=people.parquet")
-
-
-def _add_migrate(parser: Parser) -> None:
-    about = "a gallery that was created with other nets, --models, or with another --run and "
-    parser.add_argument("new", metavar="NEW", help=f"{about}--empty")
-    about = "features of the clips of G for NEW: a folder, a .parquet table or a .npz file"
-    parser.flag("--input PATH", about, required=True)
-    parser.command(_migrate, "G NEW --input=features")
-
-
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": ("makes a gallery of the people of a run, or an empty one for nets", _add_create),
@@ -235,10 +221,8 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "list": ("lists the people, with their numbers of clips", _add_list),
     "rename": ("gives a person another name", _add_rename),
     "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
-    "migrate": ("enrols the people of a gallery in a gallery of other nets", _add_migrate),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
     "threshold": ("prints the threshold that few strangers reach", _add_threshold),
-    "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
 
 
@@ -309,7 +293,7 @@ def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
 
-def _open_for_names(args: argparse.Namespace) -> tuple[Gallery, dict[str, Any], NamingRule]:
+def _open_for_names(args: argparse.Namespace) -> tuple[Gallery, dict[str, Any], Rule]:
     """Opens the gallery of a command, and reads `--fpir` and `--threshold`.
 
     Returns the gallery, the values of the two flags, and the rule by which a clip gets a name. A
@@ -368,7 +352,7 @@ def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
     """Enrols the photos of a folder. The exit code is 1 if a photo is not enrolled."""
-    from vidjax.apps.video import people_photos
+    from vidjax.apps.video import photos
 
     remedy = (
         "leave it out. The names of people are the names of folders and photos: "
@@ -380,7 +364,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     models = clip_inputs.find_models(gallery, args.models)
     workers, tell = num_cores(), terminal.print_note
-    done = people_photos.enrol_folder(gallery, args.photos, models, workers, tell)
+    done = photos.enrol_folder(gallery, args.photos, models, workers, tell)
     facts, texts = done._asdict(), messages.describe_failed(done.failed)
     facts["failed"] = [*done.failed]
     result = _show_enrolled(gallery, facts, "face", texts)
@@ -534,33 +518,6 @@ def _relabel(args: argparse.Namespace) -> Result:
     return _summarise(gallery, {"clip": args.clip, "before": before}, texts)
 
 
-def _migrate(args: argparse.Namespace) -> Result:
-    """Enrols the people of gallery G in gallery NEW. The exit code is 1 if NEW lacks a person."""
-    old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
-    features_folder.check_models(path, new.origin.cards)
-    done = migrate(old, new, clip_inputs.load_all(new, path))
-    # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
-    if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
-        terminal.say(
-            f"the clip name {show(numbered[0])} ends in the number of a face (such names: "
-            f"{len(numbered):,}). A new face detector may give this name to another face\n"
-            f"if the detector is new, create '{args.new}' again with features of the old detector",
-            warning=True,
-        )
-    texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
-    texts["unchanged"] = ""
-    if done.relabelled:
-        name, person = min(done.relabelled.items())
-        count = messages.count(len(done.relabelled), "clip")
-        texts["another person"] = f"{count}, such as {show(name)}: G replaces {show(person)}"
-    if done.missing:
-        count = messages.count(len(done.missing), "clip")
-        texts["no features"] = f"{count}: {messages.list_some(done.missing, 3)}"
-    if done.lost:
-        texts["no clip left"] = f"{len(done.lost):,}: {messages.list_some(done.lost)}"
-    return _summarise(new, done._asdict(), texts)._replace(code=1 if done.lost else 0)
-
-
 def _list(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     people = gallery.people
@@ -578,11 +535,3 @@ def _threshold(args: argparse.Namespace) -> Result:
     threshold = _open(args).threshold(args.fpir)
     facts = threshold.to_dict()
     return Result(facts, dict.fromkeys(facts, "") | threshold.describe())
-
-
-def _export(args: argparse.Namespace) -> Result:
-    """Writes a table of the enrolled clips, see `array_export.write_table`."""
-    from vidjax.apps.gallery import array_export
-
-    out = tables.check_new(args.out, (".parquet",))
-    return Result({"clips": array_export.write_table(_open(args), out), "table": str(out)})

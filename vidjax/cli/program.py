@@ -167,9 +167,9 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
     if len({*names}) > 1:
         raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
-        from vidjax.apps import said  # it takes time to import
+        from vidjax.apps.video import log  # it takes time to import
 
-        if said.has_log(Path(names[0])):
+        if log.has_log(Path(names[0])):
             raise UserError(f"'{names[0]}' is a folder: use vidjax review {shlex.quote(names[0])}")
         raise UserError(
             f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"

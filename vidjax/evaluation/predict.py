@@ -275,10 +275,8 @@ class Predictor(Ranker):
     @property
     def digest(self) -> str:
         """A sha256 (hexadecimal) of the weights and all settings that the scores depend on."""
-        # `files` includes the identities and members, except in checkpoints of version 0.1.0.
-        names = {"files", "identities_sha256", "members_sha256"} & self.manifest.keys()
-        digests = {name: self.manifest[name] for name in sorted(names)}
-        return files.sha256_json([digests, config_io.to_json(self.config)])
+        weights = {"files": self.manifest["files"]}
+        return files.sha256_json([weights, config_io.to_json(self.config)])
 
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count

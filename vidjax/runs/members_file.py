@@ -5,7 +5,6 @@ Every checkpoint contains this content as two JSON values. The files `identities
 from a checkpoint, never from these copies.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -20,10 +19,8 @@ from vidjax.runs import checkpoint, results
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import IDENTITIES
 from vidjax.utils import files, json_files
-from vidjax.utils.errors import UserError
 
 FILE = "members.npz"
-MAX_BYTES = 1 << 30  # of `members.npz`, unpacked
 REMEDY = "the run was changed: use another copy of it"
 Lists = tuple[tuple[str, ...], TrainingSets]  # the identities and the training sets of a run
 
@@ -54,9 +51,13 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
     The members are the nets of an ensemble. Raises CheckpointError if a file is damaged.
     """
     paths = [saved.folder / "state" / name / "data.json" for name in checkpoint.LISTS]
+    if not any(map(files.exists, paths)):
+        raise CheckpointError(
+            f"'{saved.folder}' is not usable: an earlier version of vidjax wrote it\n"
+            "train the run again, in a new folder"
+        )
     try:
-        is_earlier = not any(map(files.exists, paths))
-        identities, sets = _read_earlier(saved) if is_earlier else _read(*paths)
+        identities, sets = _read(*paths)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
@@ -71,25 +72,6 @@ def _read(identities: Path, members: Path) -> Lists:
     trained = np.unpackbits(rows, axis=1, count=len(content.clips)).astype(bool)
     sets = TrainingSets(content.members, content.clips, trained)
     return tuple(results.load_identities(identities)), sets
-
-
-def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
-    """Reads the identities and the training clips of a run that vidjax 0.1.0 trained.
-
-    Checkpoints of version 0.1.0 contain only digests of `identities.json` and `members.npz`, so
-    both are read from the folder of the run. Delete this function two releases after 0.1.0.
-    """
-    workdir = saved.folder.parents[1]
-    identities = results.load_identities(workdir / IDENTITIES)
-    arrays = files.read_npz(workdir / FILE, MAX_BYTES)
-    trained = arrays.get("trained", np.zeros(0)).astype(bool)
-    members, clips = (arrays.get(x, trained).tobytes() for x in ("members", "clips"))
-    sha256 = hashlib.sha256(trained.tobytes() + members + clips).hexdigest()
-    for name, digest in {IDENTITIES: files.sha256_json(identities), FILE: sha256}.items():
-        if saved.manifest.get(f"{Path(name).stem}_sha256") != digest:
-            raise UserError(f"'{workdir / name}' is not the file that the run was trained with")
-    rows = msgspec.json.decode(members, type=tuple[Member, ...])
-    return tuple(identities), TrainingSets(rows, tuple(clips.decode().split("\n")), trained)
 
 
 def write_copies(folder: Path, identities: Sequence[str], training_sets: TrainingSets) -> None:

@@ -199,6 +199,17 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else PLURALS.get(noun, f'{noun}s')}"
 
 
+def format_time(seconds: float, *, short: bool = False) -> str:
+    """Returns a time as text, such as 00:03:12.500, or if `short` is True, 3:12."""
+    thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
+    whole, rest = divmod(thousandths, 1000)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if short:
+        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"
+
+
 def align_columns(
     rows: Sequence[Sequence[str]], *, width: float = math.inf, numbers: bool = False
 ) -> list[str]:

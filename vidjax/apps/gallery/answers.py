@@ -15,17 +15,17 @@ import itertools
 import math
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from vidjax.apps import bulk
-from vidjax.apps.gallery import card_notes, index as index_lib
-from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
+from vidjax.apps.gallery import card_notes, grouping, index as index_lib
+from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.store import State
-from vidjax.apps.gallery.vectors import Advance, Vectors
+from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.core import metrics
 from vidjax.data import labels
 from vidjax.evaluation import topk
@@ -176,8 +176,8 @@ class Threshold(NamedTuple):
         }
 
 
-class NamingRule(NamedTuple):
-    """The rule that decides if a clip gets the name of its most probable identity.
+class Rule(NamedTuple):
+    """The rule that decides if a clip gets a name, or if `Gallery.verify` accepts a comparison.
 
     Attributes:
       by: the kind of the rule.
@@ -185,23 +185,29 @@ class NamingRule(NamedTuple):
         `fpir`: the probability must reach a threshold measured on strangers, and be higher than the
           probability of all other enrolled people together.
         `new`: the probability must be above 0.5, as there are too few strangers to measure.
-      score: the logarithm of the threshold, or of 0.5 for the kind `new`.
+        `measured`: the log-likelihood ratio must reach a threshold measured on strangers.
+        `model`: the ratio must reach a computed threshold, as there are too few strangers.
+        `blind`: nothing is accepted, because the vectors do not separate people.
+      score: the logarithm of the lowest probability, or the lowest log-likelihood ratio.
       default: True if the user chose no rule.
-      threshold: for the kind `fpir`, how the threshold was measured; otherwise None.
+      threshold: for the kinds `fpir` and `measured`, how the threshold was measured; else None.
       about: a description of the rule for the user.
+      fmr: for `measured` and `model`, the largest share of other people's clips to accept.
     """
 
-    by: Literal["threshold", "fpir", "new"]
+    by: Literal["threshold", "fpir", "new", "measured", "model", "blind"]
     score: float
     default: bool
     threshold: Threshold | None
     about: str
+    fmr: float | None = None
 
     def names(self, best: np.ndarray | float, others: np.ndarray | float = -math.inf) -> np.ndarray:
-        """Returns bool [...], True if a clip gets a name.
+        """Returns bool [...], True if a clip gets a name, or a comparison is accepted.
 
-        `best` [...] is the log-probability of the most probable person of each clip. `others` [...]
-        is the log-probability that the clip shows one of the other enrolled people.
+        `best` [...] is the log-probability of the most probable person of each clip, or the log
+        ratio of each comparison. `others` [...] is the log-probability that the clip shows one of
+        the other enrolled people.
         """
         best = np.asarray(best)
         if self.by != "fpir":
@@ -211,10 +217,17 @@ class NamingRule(NamedTuple):
         return (best >= self.score) & (best > others)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the rule as values for JSON, without the measured threshold."""
+        """Returns the rule as values for JSON. `to_entries` adds the threshold of `fpir`."""
         score = self.score if math.isfinite(self.score) else None
-        values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
-        return {"by": self.by, **values, "default": self.default, "about": self.about}
+        if self.fmr is None:
+            values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
+            return {"by": self.by, **values, "default": self.default, "about": self.about}
+        limit = self.threshold
+        ends = dict(zip(("low", "high"), limit.interval, strict=True)) if limit else {}
+        counts = limit and {"comparisons": limit.num_strangers, "alarms": limit.num_alarms}
+        measured = counts and counts | ends
+        values = {"fmr": self.fmr, "log_ratio": score, "measured": measured}
+        return {"by": self.by, **values, "about": self.about}
 
     def to_entries(self) -> dict[str, object]:
         """Returns values for JSON: the rule as `rule`, and the measured threshold as `threshold`.
@@ -229,10 +242,17 @@ class NamingRule(NamedTuple):
 
         `doubtful` is the number of clips that nearly get a name, see `count_doubtful`.
         """
+        limit = self.threshold
+        rows = limit.describe() if limit else {}
+        if self.fmr is not None:
+            measured = {
+                "false matches": f"{rows['rate']}, measured on {limit.num_strangers:,} "
+                f"comparisons, of which {limit.num_alarms:,} reach it"
+            } if limit else {}  # fmt: skip
+            return {"accepted if": self.about, **measured}
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
-        rows = {"named if": self.about + chosen}
-        rows |= self.threshold.describe() if self.threshold else {}
+        rows = {"named if": self.about + chosen, **rows}
         if self.by == "new" and doubtful:
             wanted = count_needed_strangers(DEFAULT_FPIR)
             rows["doubtful"] = (
@@ -340,7 +360,7 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
     require_people(state)
 
     def compare() -> np.ndarray:
-        strangers = [*list_usable_strangers(state)]
+        strangers = state.strangers
         check_strangers(len(strangers), fpir)
         nearest = state.index.nearest(stack_parts(state, strangers), 1)
         # A stranger who equals the centre of all vectors resembles nobody.
@@ -351,7 +371,7 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
     return measure_threshold(best, fpir, len(state.index.names))
 
 
-def choose_rule(state: State, fpir: float | None, threshold: float | None) -> NamingRule:
+def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Rule:
     """Returns the rule that decides if a clip gets a name.
 
     For `fpir` and `threshold`, see `Gallery.identify`. At most one of them is given.
@@ -360,12 +380,12 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
     check_choice(fpir, threshold)
     if about := card_notes.REFUSED.get(card_notes.compare(state).problem):
         is_default = fpir is None and threshold is None
-        return NamingRule("threshold", math.inf, is_default, None, about)
+        return Rule("blind", math.inf, is_default, None, about)
     if threshold is not None:
         about = f"the probability is {100 * threshold:.10g} % or more"
-        return NamingRule("threshold", math.log(threshold), False, None, about)
+        return Rule("threshold", math.log(threshold), False, None, about)
     wanted = count_needed_strangers(DEFAULT_FPIR)
-    strangers = len([*itertools.islice(list_usable_strangers(state), wanted)])
+    strangers = len(state.strangers)
     if fpir is None and strangers < wanted:
         about = ABOVE_HALF
         about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
@@ -373,12 +393,12 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
         about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
         if not state.origin.cards:
             about += _describe_growth(state)
-        return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
+        return Rule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
     limit = measure_on_strangers(state, DEFAULT_FPIR if fpir is None else fpir)
     about = f"the probability is {describe_probability(limit.score)} or more, "
     about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
     about += "than the probability of all other enrolled people together"
-    return NamingRule("fpir", limit.score, fpir is None, limit, about)
+    return Rule("fpir", limit.score, fpir is None, limit, about)
 
 
 def _describe_growth(state: State) -> str:
@@ -400,7 +420,7 @@ def _describe_growth(state: State) -> str:
 
 def identify(
     state: State,
-    rule: NamingRule,
+    rule: Rule,
     vectors: Vectors,
     k: int,
     groups: Mapping[str, str] | None,
@@ -439,7 +459,7 @@ def identify(
 
 
 def rank(
-    state: State, rule: NamingRule, vectors: Vectors, advance: Advance
+    state: State, rule: Rule, vectors: Vectors, advance: Advance
 ) -> dict[str, list[tuple[str, float]]]:
     """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
@@ -462,7 +482,7 @@ def rank(
             if not rule.default:
                 # float64 is needed: a threshold is hardly higher than a stranger's score.
                 passes = rule.names(scores, _sum_others(scores))
-                if state.origin.cards:  # as in `NamingRule.answer`
+                if state.origin.cards:  # as in `Rule.answer`
                     passes &= clip_has[:, index].T @ person_has
                 scores[~passes] = -np.inf
             yield scores, index, np.ones(len(index), bool)
@@ -482,11 +502,30 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
     for the most probable person of a clip, and a lower limit for all other people.
     """
     # Only the most probable person can be more probable than all others together. So for another
-    # person, a lower limit is enough for `NamingRule.names` to deny the name.
+    # person, a lower limit is enough for `Rule.names` to deny the name.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
     for row, best in enumerate(scores.argmax(axis=1).tolist()):
         others[row, best] = index_lib.sum_others(scores[row], best)
     return others
+
+
+def group(
+    state: State,
+    vectors: Vectors,
+    apart: Collection[tuple[str, str]] = (),
+    *,
+    clarity: Mapping[str, float] | None = None,
+    together: Mapping[str, int] | None = None,
+    settled: Collection[int] = (),
+    for_votes: bool = False,
+) -> dict[str, str]:
+    """Groups clips that show the same person, see `Gallery.group`."""
+    vectors = vectors.only(select_usable_clips(vectors))
+    labels = grouping.group(
+        state.index.backend, vectors.names, [*vectors.parts.values()], apart, clarity=clarity,
+        together=together, settled=settled, for_votes=for_votes,
+    )  # fmt: skip
+    return name_groups(vectors.names, labels)
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:

@@ -255,7 +255,8 @@ def compare_equal(old: Backend, new: Backend) -> bool:
     parts = {part.name: part.arrays() for part in new.parts}
     pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
     return all(
-        len(x) == len(y) and all(map(functools.partial(np.allclose, rtol=1e-9, atol=0), x, y))
+        [*map(np.shape, x)] == [*map(np.shape, y)]
+        and all(map(functools.partial(np.allclose, rtol=1e-9, atol=0), x, y))
         for x, y in pairs
     )
 

@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.enrolment import check_width, make_state
-from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
+from vidjax.apps.gallery.changes import Draft
+from vidjax.apps.gallery.enrolment import check_width
+from vidjax.apps.gallery.store import State, VectorOrigin
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models import card_check
 from vidjax.models.card_check import Comparison
@@ -26,7 +27,6 @@ from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd
-    from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
 FEW = "nobody gets a name: at most two people are enrolled, and no faces show that the net fits"
@@ -77,53 +77,38 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
     return {part: x for part, x in same.items() if x} if same.keys() == was.keys() else {}
 
 
-def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds modalities, such as voices, to a gallery whose vectors nets compute; returns them.
+def adopt(draft: Draft, models: str | Path) -> None:
+    """Adds modalities, such as voices, to a gallery whose vectors nets compute.
 
     The folder `models` contains the nets of the gallery, and nets for the new modalities. Enrolled
-    clips lack the new modalities until `labelling.complete` adds them. If only the numbers in the
+    clips lack the new modalities until `Draft.complete` adds them. If only the numbers in the
     card (the JSON file of a net) were measured again, the gallery uses the new numbers.
-
-    If `replace` is True, `models` may contain another net for a modality of the gallery. Enrolled
-    clips lose the vectors of the old net, and a clip without other vectors is removed. The result
-    also contains the modality of the other net.
 
     Raises:
       UserError: the gallery was made with a run, or the folder lacks a net of the gallery.
-      UserError: `models` has another net for a modality of the gallery, and `replace` is False.
     """
     origin, back_ends = read_cards(models)
-    with gallery.change() as draft:
-        state = draft.present
-        was, now, backend = state.origin.cards, origin.cards, state.index.backend
-        changed = sorted(part for part in was if was[part] != now.get(part))
-        if not was or (changed and (not replace or was.keys() - now.keys())):
-            made = f"other nets for {', '.join(changed)}" if was else "a run, not with nets"
-            raise UserError(
-                f"gallery '{gallery.folder}' was made with {made}\n"
-                "use the same nets, or name a new folder: --out=DIR"
-            )
-        origin = msgspec.structs.replace(origin, blind=state.origin.blind and not changed)
-        wide = backend_lib.make_card_backend(back_ends)
-        is_equal = not changed and backend_lib.compare_equal(backend, wide)
-        if is_equal and origin == state.origin:
-            return ()
-        if not is_equal and not changed:
-            say(
-                f"to compare clips, gallery '{gallery.folder}' uses the new numbers in the "
-                "JSON file of its net"
-            )
-        check_width(wide)
-        clips = dict[str, StoredClip]()
-        for name, clip in state.clips.items():
-            parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
-            known = zip(backend.widths, backend.split(clip.vector[None]), strict=True)
-            parts |= {part: x for part, x in known if part not in changed}
-            vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
-            if vector.any():
-                clips[name] = clip._replace(vector=vector)
-        draft.replacement = make_state(state.version + 1, origin, wide, clips)
-    return tuple(part for part, digest in now.items() if digest != was.get(part))
+    was, now, backend = draft.origin.cards, origin.cards, draft.backend
+    changed = sorted(part for part in was if was[part] != now.get(part))
+    if not was or changed:
+        made = f"other nets for {', '.join(changed)}" if was else "a run, not with nets"
+        raise UserError(
+            f"the gallery was made with {made}\nuse the same nets, or name a new folder: --out=DIR"
+        )
+    origin = msgspec.structs.replace(origin, blind=draft.origin.blind)
+    wide = backend_lib.make_card_backend(back_ends)
+    is_equal = backend_lib.compare_equal(backend, wide)
+    if is_equal and origin == draft.origin:
+        return
+    if not is_equal:
+        say("to compare clips, the gallery uses the new numbers in the JSON file of its net")
+    check_width(wide)
+    draft.origin, draft.backend, vectors = origin, wide, dict[str, np.ndarray]()
+    for name, clip in draft.clips.items():
+        parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
+        parts |= zip(backend.widths, backend.split(clip.vector[None]), strict=True)
+        vectors[name] = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
+    draft.replace_vectors(vectors)
 
 
 def compare(state: State) -> Comparison:
@@ -177,15 +162,12 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
     return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
 
 
-def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Checks with `judge` whether the net of a gallery separates people; stores the result.
+def check_mirrored(draft: Draft, cosines: Sequence[float]) -> None:
+    """Checks with `judge` whether the net of a gallery separates people; notes it in `draft`.
 
     `cosines` are the cosine similarities of faces and their mirror images.
     """
-    with gallery.change() as draft:
-        state = judge(draft.present, cosines)
-        if state.origin != draft.present.origin:
-            draft.replacement = state._replace(version=state.version + 1)
+    draft.origin = judge(draft.present, cosines).origin
 
 
 def describe(state: State) -> str:

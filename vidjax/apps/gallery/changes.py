@@ -6,9 +6,8 @@ from typing import TypeVar
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.enrolment import enrol, refit
+from vidjax.apps.gallery.enrolment import enrol, make_state, refit
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
-from vidjax.apps.said import Act
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
     ENDING,
@@ -30,19 +29,23 @@ class Draft:
 
     def __init__(self, state: State):
         self.present = state
-        self.replacement: State | None = None  # if given, is written instead of the other changes
+        # The nets, and the parameters of the comparison. `card_notes` may replace them.
+        self.origin, self.backend = state.origin, state.index.backend
         # False after the block of `Gallery.change`, when the gallery may share this content.
         self.is_open = True
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.clips_of: dict[str, Collection[str]] = dict(state.clips_of)
-        self.acts = list[Act]()  # the changes, for the log of a folder of results
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips or self.replacement)
+        return bool(self._changed_clips) or self._has_other_nets()
+
+    def _has_other_nets(self) -> bool:
+        old = self.present
+        return self.backend is not old.index.backend or self.origin != old.origin
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
@@ -59,7 +62,7 @@ class Draft:
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
             clip = check_clip(given, clip, width)
-            name = self._find_name(given)
+            name = strip_ending(given)
             if name in checked:
                 raise UserError(
                     f"two clips are called '{show(name)}', because {ENDING} is left out of names\n"
@@ -72,7 +75,6 @@ class Draft:
             if self._is_new(name, clip)
         }
         self._edit(new)
-        self.acts += [Act("is", name, clip.identity) for name, clip in new.items()]
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
@@ -82,11 +84,34 @@ class Draft:
         now have these vectors. A clip stays as it is if it is not enrolled, or if its enrolled
         vector of a modality differs from the given one.
         """
-        vectors = {self._find_name(name): vector for name, vector in vectors.items()}
+        vectors = {strip_ending(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
         new = [name for name in equal if not np.array_equal(self.clips[name].vector, vectors[name])]
         self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
         return equal
+
+    def hold(self, clips: Mapping[str, StoredClip]) -> None:
+        """Replaces all clips by `clips`, name -> clip."""
+        edits: dict[str, StoredClip | None] = dict.fromkeys(self.clips.keys() - clips.keys())
+        for name, clip in clips.items():
+            old = self.clips.get(name)
+            if old is None or not np.array_equal(old.vector, clip.vector):
+                edits[name] = clip
+            elif old.identity != clip.identity:
+                edits[name] = old._replace(identity=clip.identity)
+        self._edit(edits)
+
+    def replace_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Replaces the vectors of all clips, of which those that `vectors` lacks are removed.
+
+        `vectors` are clip -> joined vector of all modalities of `self.backend`.
+        """
+        clips = {
+            name: x._replace(vector=vectors[name])
+            for name, x in self.clips.items()
+            if name in vectors
+        }
+        self._edit(dict.fromkeys(self.clips) | clips)
 
     def remove(
         self,
@@ -106,12 +131,10 @@ class Draft:
                 check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
         removed = {clip for name in people for clip in self._find_clips(name)}
-        for name in single:
-            find_enrolled("clip", self._find_name(name), self.clips)
-            removed.update(self._find_names(name))
+        for name in map(strip_ending, single):
+            find_enrolled("clip", name, self.clips)
+            removed.add(name)
         self._edit(dict.fromkeys(removed))
-        self.acts += [Act("forgotten", normal_form(name)) for name in people]
-        self.acts += [Act("undo", name) for name in removed if single]
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
@@ -126,14 +149,13 @@ class Draft:
                 "if they are the same person, use merge=True in Python, or --merge"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
-        self.acts.append(Act("rename", normal_form(identity), to))
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Changes a clip's person; returns the old person. None is a stranger."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
-        clip = self._find_name(clip)
+        clip = strip_ending(clip)
         old = self.clips.get(clip)
         if old is None:  # no hint: a clip with a similar name may show another person
             raise UserError(
@@ -145,26 +167,8 @@ class Draft:
                 f"clip '{show(clip)}' already belongs to {_describe_person(identity)}\n"
                 "choose another identity"
             )
-        is_rename = identity and old.identity and identity not in self.clips_of
         self._edit({clip: old._replace(identity=identity)})
-        if is_rename and old.identity not in self.clips_of:  # it was the person's only clip
-            self.acts.append(Act("rename", str(old.identity), identity))
-        else:
-            self.acts.append(Act("is", clip, identity))
         return old.identity
-
-    def _find_names(self, clip: str) -> list[str]:
-        """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
-
-        New names have no ending. Older galleries may contain names with the ending, or both.
-        """
-        bare = strip_ending(clip)
-        spellings = dict.fromkeys((clip, bare, bare + ENDING, bare + ENDING.upper()))
-        return [name for name in spellings if name in self.clips]
-
-    def _find_name(self, clip: str) -> str:
-        """Returns the name under which a clip is enrolled; for a new clip, `clip` without .mp4."""
-        return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:
         return tuple(find_person(identity, self.clips_of))
@@ -242,9 +246,10 @@ class Draft:
         `people` is a list of blocks of people whose clips have changed. `advance` is called after
         each block of people, with the number of new and changed clips of these people.
         """
-        if self.replacement:
-            return self.replacement, None, None
         old = self.present
+        if self.backend is not old.index.backend:
+            args = old.version + 1, self.origin, self.backend, self.clips, old.command
+            return make_state(*args), None, None
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.clips_of.keys() & self._changed_people)
         clips_of = {name: tuple(sorted(self.clips_of[name])) for name in changed}
@@ -260,7 +265,7 @@ class Draft:
             index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),
             clips=self.clips,
             clips_of=self.clips_of,
-            denied={},
+            origin=self.origin,
         )
         pairs = [(old.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
         # Only new clips, and strangers' clips that got a person, can be added to the file.
@@ -268,7 +273,7 @@ class Draft:
         if any(x and x.fitted and _differ(x, y) for x, y in other):
             return refit(state), None, None
         new = {name: self.clips[name] for name in self._changed_clips} if not other else None
-        return state, new, people
+        return state, None if self._has_other_nets() else new, people
 
 
 def _differ(old: StoredClip, new: StoredClip | None) -> bool:

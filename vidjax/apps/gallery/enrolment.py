@@ -87,12 +87,6 @@ def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
     return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
 
 
-def list_usable_strangers(state: State) -> Iterator[str]:
-    """Yields the names of the clips of strangers, except clips whose vector is not computed yet."""
-    # A clip without a vector waits until `vidjax who` reads its film with the present models.
-    return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
-
-
 def stack_people(
     clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
@@ -125,17 +119,22 @@ def refit(state: State) -> State:
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return make_state(state.version, state.origin, backend, clips)
+    return make_state(state.version, state.origin, backend, clips, state.command)
 
 
 def make_state(
-    version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
+    version: int,
+    origin: VectorOrigin,
+    backend: Backend,
+    clips: Mapping[str, StoredClip],
+    command: str = "",
 ) -> State:
     """Makes the content of a gallery from its clips. Enrols all people, see `enrol`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
-    return State(version, origin, Index(backend, blocks), clips, clips_of)
+    index = Index(backend, blocks)
+    return State(version, origin, index, clips, clips_of, command=command)
 
 
 def check_width(backend: Backend) -> int:

@@ -34,31 +34,38 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from vidjax.apps import earlier_said
 from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
     card_notes,
-    grouping,
     labelling,
     run_vectors,
     verification,
 )
-from vidjax.apps.gallery.answers import Answer, NamingRule, Threshold
+from vidjax.apps.gallery.answers import Answer, Rule, Threshold
+from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.changes import Draft, check_clip
+from vidjax.apps.gallery.changes import Draft, check_clip, find_person
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
-from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors, select_usable_clips
-from vidjax.apps.gallery.verification import Match, MatchRule, Verification
+from vidjax.apps.gallery.store import (
+    STRANGER,
+    ResultError,
+    State,
+    Store,
+    StoredClip,
+    VectorOrigin,
+)
+from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors
+from vidjax.apps.gallery.verification import Match, Verification
 from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.names import find_similar_names, normal_form
+from vidjax.utils.names import find_similar_names, normal_form, strip_ending
 from vidjax.utils.terminal import ignore_count
 
 if TYPE_CHECKING:
@@ -80,7 +87,8 @@ class Gallery:
     nothing is changed, with one exception: if the disk fails after the change was written, the
     message of the OSError says that the gallery was changed. All methods that change the gallery
     raise ValueError if another process is changing the gallery, or if the gallery is read-only.
-    They raise OSError if the disk is full or fails.
+    They raise OSError if the disk is full or fails. They raise ResultError (a ValueError) if the
+    gallery is a result of another command.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -144,7 +152,7 @@ class Gallery:
         return cls.of_clips(folder, origin, backend, clips, run=run)
 
     @classmethod
-    def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
+    def of_models(cls, folder: str | Path, models: str | Path, command: str = "") -> "Gallery":
         """Makes an empty gallery for features that `vidjax extract` computes with the given nets.
 
         Clips are compared by the distances of their vectors. Each net has a JSON file, its card,
@@ -153,12 +161,14 @@ class Gallery:
         Args:
           folder: a new or empty folder.
           models: the folder of the nets and their cards, see `vidjax.apps.cards`.
+          command: see `of_clips`.
 
         Raises:
           ValueError: no card of a face or voice net contains a distribution of distances.
         """
         origin, back_ends = card_notes.read_cards(models)
-        return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
+        backend = backend_lib.make_card_backend(back_ends)
+        return cls.of_clips(folder, origin, backend, {}, command)
 
     @classmethod
     def of_clips(
@@ -167,6 +177,7 @@ class Gallery:
         origin: VectorOrigin,
         backend: Backend,
         clips: Mapping[str, StoredClip],
+        command: str = "",
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
@@ -177,12 +188,15 @@ class Gallery:
           origin: a description of the run or the nets that computed the vectors.
           backend: the parameters of the comparison.
           clips: name -> clip.
+          command: the command of which the gallery is a result, such as `vidjax review {}`. `{}`
+            is the folder that contains `folder`, also after it was moved. Only this command can
+            change the gallery, see `change`. "" for any other gallery.
           run: the loaded run, if a run computed the vectors.
         """
         store, width = Store(folder), check_width(backend)
-        clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
+        clips = {strip_ending(name): check_clip(name, clip, width) for name, clip in clips.items()}
         store.make_folder()
-        state = make_state(1, origin, backend, clips)
+        state = make_state(1, origin, backend, clips, command)
         store.create(state)
         labelling.warn_of_similar(store.folder, find_similar_names(state.people, ()))
         return cls(folder, run=run)
@@ -231,6 +245,12 @@ class Gallery:
         return self._state.origin
 
     @property
+    def command(self) -> str:
+        """The only command that may change the gallery, such as `vidjax review OUT`, or ""."""
+        above = messages.quote_path(self.folder.parent)
+        return self._state.command.replace("{}", above)
+
+    @property
     def index(self) -> Index:
         """The object that compares clips with the enrolled people."""
         return self._state.index
@@ -248,7 +268,7 @@ class Gallery:
     @property
     def strangers(self) -> list[str]:
         """The sorted names of the clips of strangers."""
-        return list(self._state.clips_of.get(STRANGER, ()))
+        return list(self._state.strangers)
 
     @property
     def identities(self) -> dict[str, int]:
@@ -331,7 +351,7 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def change(self, advance: Advance = ignore_count, *, log: bool = True) -> Iterator[Draft]:
+    def change(self, advance: Advance = ignore_count, *, command: str = "") -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `remove`, `rename` and `relabel` of this class, `add` for clips
@@ -339,28 +359,35 @@ class Gallery:
         written at the end of the block. If the block raises an error, nothing is written. During
         the block, no other process can change the gallery.
 
-        In a folder of results of `vidjax who`, the file `said.jsonl` also logs changes of names.
-
         Args:
           advance: shows progress at the end of the block. It is called several times, with the
             number of clips that are finished since the last call of `advance`.
-          log: False if the log already contains the changes.
+          command: the command that changes the gallery. It matters only if the gallery is a result.
+
+        Raises:
+          ResultError: the gallery is a result of a command, and `command` is another one.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
-            draft = Draft(present := self.state)
+            draft = Draft(self.state)
+            self._check_command(command)
             self._is_changing = True
             try:
                 yield draft
                 if not draft:
                     return
-                content, acts = draft.finish(advance), draft.acts if log else ()
-                with earlier_said.log_acts(self.folder.parent, acts, present):
-                    state = self._store.write(transaction, *content)
-                    with self._lock:
-                        self._state = state
+                state = self._store.write(transaction, *draft.finish(advance))
+                with self._lock:
+                    self._state = state
             finally:
                 self._is_changing = draft.is_open = False
-        labelling.warn_of_similar(self.folder, draft.similar)
+        labelling.warn_of_similar(self.folder, draft.similar, self.command)
+
+    def _check_command(self, command: str = "") -> None:
+        if self.command not in ("", command):
+            raise ResultError(
+                f"the gallery '{messages.relative_path(self.folder)}' is a result of another "
+                f"command, so it cannot be changed here\nto change names: {self.command}"
+            )
 
     def enrol(
         self,
@@ -391,6 +418,7 @@ class Gallery:
             or a clip is already enrolled with another person or vector.
         """
         labelling.check_identities(identities)  # before the vectors are computed
+        self._check_command()
         vectors = self.embed(clips, split)
         del clips  # a large table would need the memory twice
         chosen, refused = labelling.choose_clips(vectors, identities, source, strangers=strangers)
@@ -399,8 +427,9 @@ class Gallery:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
         labelling.advise_other_films(state := self.state, people)
-        rivals = labelling.find_rivals(state, chosen)
-        return Enrolment(new, len(chosen) - new, refused, draft.similar, rivals)
+        misfits, found = audit(state, chosen)
+        rivals = {clip: rival.person for clip, rival in found.items()}
+        return Enrolment(new, len(chosen) - new, refused, draft.similar, rivals, misfits)
 
     def remove(
         self,
@@ -468,13 +497,10 @@ class Gallery:
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
-        vectors = self.embed(vectors)
-        vectors = vectors.only(select_usable_clips(vectors))
-        labels = grouping.group(
-            self.backend, vectors.names, [*vectors.parts.values()], apart, clarity=clarity,
-            together=together, settled=settled, for_votes=for_votes,
+        return answers_lib.group(
+            self.state, self.embed(vectors), apart, clarity=clarity, together=together,
+            settled=settled, for_votes=for_votes,
         )  # fmt: skip
-        return answers_lib.name_groups(vectors.names, labels)
 
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
         """Checks with faces of different people whether the net of the gallery separates people.
@@ -501,7 +527,7 @@ class Gallery:
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         return answers_lib.measure_on_strangers(self.state, fpir)
 
-    def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
+    def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns the rule that decides if a clip gets a name. See `identify` for its arguments."""
         return answers_lib.choose_rule(self.state, fpir, threshold)
 
@@ -556,7 +582,7 @@ class Gallery:
         rule = answers_lib.choose_rule(state, fpir, threshold)
         return answers_lib.identify(state, rule, vectors, k, groups, advance)
 
-    def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
+    def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> Rule:
         """Returns the rule by which `verify` accepts clips of the person `identity`.
 
         If `identity` is None, returns the rule by which `compare` accepts two clips as one person.
@@ -606,7 +632,9 @@ class Gallery:
         that differ, both are listed, because nothing shows which is wrong. If `clips` are given,
         only these clips are listed. Returns clip -> log of the ratio, lowest first.
         """
-        return verification.find_misfits(self.state, identity, clips)
+        names = find_person(identity, (state := self.state).clips_of)
+        checked = names if clips is None else {*names} & {*clips}
+        return audit(state, checked, among_all=False).misfits
 
     def compare(
         self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None

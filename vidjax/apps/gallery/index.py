@@ -222,21 +222,6 @@ class DistanceRatios:
         self.share, self.variance = posterior
         self.radius = posterior.share**2 * np.concatenate(radius)
 
-    @property
-    def card(self) -> np.ndarray:
-        """The array `card` of an exported gallery, for its `reader.py`, [5] float64.
-
-        The array is [`Distances.same`, `Distances.different`, lower limit of squared distances, a,
-        b]. The log density of a clip of a stranger is a - b s, where s is the squared distance of
-        the clip from the mean of all people.
-        """
-        distances, zero = self._distances, np.zeros(())
-        variance = np.array(distances.within + distances.between + self.population.variance)
-        constant = card_backend.stranger_log_density(distances, zero, variance)
-        slope = distances.different / variance
-        least = card_backend.MIN_SQUARE * distances.within
-        return np.array([distances.same, distances.different, least, constant, slope])
-
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `units` minus the mean of all people, [Q, D], and `terms` [Q, 4] for `finish`.
 

@@ -4,7 +4,6 @@ JAX is imported in the functions that use the run.
 """
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,8 +101,8 @@ def find_run(
         raise UnreadableError(
             f"this version of vidjax cannot read the run of gallery '{folder}': "
             f"{str(error).splitlines()[0]}\n"
-            "train the run again, and use vidjax gallery create NEW --run=FOLDER --empty\n"
-            f"then vidjax gallery migrate {shlex.quote(str(folder))} NEW --input=FEATURES"
+            "train the run again: vidjax gallery create NEW --run=FOLDER --empty\n"
+            "then enrol the people again: vidjax gallery enrol NEW --input=FEATURES"
         ) from error
     if make_origin(run).digest != origin.digest:
         raise UnreadableError(

@@ -12,8 +12,6 @@ table, its last entry counts. Any other change deletes all rows and inserts the 
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: if
 SQLite has moved a row, a copy of the row may remain in the file.)
 
-A file with an earlier format is read, and the first change writes all rows in the present format.
-
 The file may be forged. So it must be a regular file with exactly the tables of SCHEMA, and the
 lengths of its values are limited. A journal is checked before SQLite uses it, because a journal may
 contain the path of another file, which SQLite would delete.
@@ -36,8 +34,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -101,13 +98,6 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
         return self.centred and not self.refitted
 
 
-# Digest of a film -> clip of the film -> people whom the clip does not show, as a user said. Only
-# galleries of version 0.1.0 contain them, see `earlier_said`.
-Denials: TypeAlias = Annotated[
-    Mapping[Sha256, Mapping[Text, Sequence[Text]]], Meta(max_length=files.MAX_ITEMS)
-]
-
-
 class _Facts(Struct, omit_defaults=True):
     version: Size
     origin: VectorOrigin = msgspec.field(name="run")
@@ -116,7 +106,7 @@ class _Facts(Struct, omit_defaults=True):
     clips: Count
     people: Count
     rows: Sha256  # the sum of the digests of all other rows
-    denied: Denials = {}
+    command: Text = ""  # see `State`
 
     @property
     def widths(self) -> dict[str, int]:
@@ -143,13 +133,18 @@ class State(NamedTuple):
     clips: Mapping[str, StoredClip]  # name -> clip, including clips of strangers
     # Identity -> sorted names of its clips. STRANGER is the key of the clips of strangers.
     clips_of: Mapping[str, tuple[str, ...]]
-    denied: Denials = MappingProxyType({})
+    command: str = ""  # the only command that may change the gallery; "": any command may
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
     # Whether films show that the model of faces separates people, see `Gallery.check_apart`; None
     # if they show nothing. It is not in the file.
     separates: bool | None = None
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        """The sorted names of the clips of strangers."""
+        return self.clips_of.get(STRANGER, ())
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
@@ -175,6 +170,10 @@ class UnreadableError(UserError):
 
 class UnwritableError(UserError):
     """A gallery can be read but not changed, for example on a read-only disk."""
+
+
+class ResultError(UserError):
+    """A gallery is a result of another command, so only this command can change it."""
 
 
 class UncertainWriteError(OSError):
@@ -579,6 +578,7 @@ def _facts(state: State) -> str:
     facts = _Facts(
         state.version, state.origin, parts, settings,
         clips=len(state.clips), people=len(state.index.names), rows=f"{state.rows:064x}",
+        command=state.command,
     )  # fmt: skip
     return json.dumps(msgspec.to_builtins(facts))
 
@@ -620,7 +620,7 @@ def _read(connection: sqlite3.Connection) -> State:
     if not known or (index.counts > sizes).any():
         raise UserError("the tables 'clip' and 'person' contradict each other")
     return State(
-        facts.version, facts.origin, index, clips, clips_of, facts.denied, rows, entries, sha256
+        facts.version, facts.origin, index, clips, clips_of, facts.command, rows, entries, sha256
     )
 
 

@@ -23,16 +23,18 @@ import hashlib
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from vidjax.apps.gallery import answers as answers_lib, card_notes, grouping, ratios as ratios_lib
+from vidjax.apps.gallery.answers import Rule
+from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
-from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
+from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models import card_backend, card_check
@@ -42,7 +44,6 @@ from vidjax.utils.names import normal_form, show
 
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
-MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the other clips
 # If at most this many pairs of strangers seem to show one stranger, they are chance, and exchange
 # clips with other pairs. If there are more, the rule says so.
 MAX_DOUBLES = 3
@@ -81,65 +82,6 @@ class Match(NamedTuple):
 Matches: TypeAlias = Mapping[str, Match] | Mapping[tuple[str, str], Match]
 
 
-class MatchRule(NamedTuple):
-    """The rule that accepts a clip if its log-likelihood ratio is at least `log_ratio`.
-
-    Attributes:
-      by: how `log_ratio` was chosen.
-        `measured`: it was measured on clips of strangers.
-        `model`: it was computed from `fmr`, because there are too few clips of strangers.
-        `blind`: it is infinite, because the vectors do not separate people.
-      fmr: the largest share of other people's clips that may be accepted.
-      log_ratio: the lowest accepted log-likelihood ratio.
-      threshold: the numbers of the measurement; None if `by` is not `measured`.
-      about: a description of the rule for the user.
-    """
-
-    by: Literal["measured", "model", "blind"]
-    fmr: float
-    log_ratio: float
-    threshold: answers_lib.Threshold | None
-    about: str
-
-    def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Decides if a comparison with the log-likelihood ratio `ratio` is accepted.
-
-        `evidence` are the compared modalities, such as face. Without a compared modality, the
-        comparison is not accepted.
-        """
-        ratio = ratio if evidence else 0.0
-        accepted = bool(evidence) and ratio >= self.log_ratio
-        probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
-        return Match(accepted, ratio, probability, evidence)
-
-    def to_dict(self) -> dict[str, object]:
-        """Returns the rule as values for JSON.
-
-        If the rule was measured, the value `measured` contains the numbers of the measurement. Its
-        entries `low` and `high` are the ends of the 95 % interval of the false match rate.
-        """
-        limit, measured = self.threshold, {}
-        if limit is not None:
-            low, high = limit.interval
-            measured = {"comparisons": limit.num_strangers, "alarms": limit.num_alarms}
-            measured |= {"low": low, "high": high}
-        ratio = self.log_ratio if math.isfinite(self.log_ratio) else None
-        return {
-            "by": self.by, "fmr": self.fmr, "log_ratio": ratio, "about": self.about,
-            "measured": measured or None,
-        }  # fmt: skip
-
-    def describe(self) -> dict[str, str]:
-        """Returns the lines that describe the rule for the user: label -> text."""
-        rows = {"accepted if": self.about}
-        if limit := self.threshold:
-            low, high = map(answers_lib.share, limit.interval)
-            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on "
-            rows["false matches"] += f"{limit.num_strangers:,} comparisons, "
-            rows["false matches"] += f"of which {limit.num_alarms:,} reach it"
-        return rows
-
-
 class Verification(NamedTuple):
     """The comparison of several clips with one person.
 
@@ -147,24 +89,24 @@ class Verification(NamedTuple):
       matches: clip -> its comparison with the person.
       rule: the rule that decides if a clip is accepted.
       misfits: enrolled clip of the person that does not fit the person's other clips -> log ratio,
-        see `find_misfits`.
+        see `audit.Audit`.
     """
 
     matches: dict[str, Match]
-    rule: MatchRule
+    rule: Rule
     misfits: dict[str, float]
 
 
 def make_rule(
     ratios: np.ndarray, fmr: float | None, *, pairs: bool, least: float = -math.inf
-) -> MatchRule:
+) -> Rule:
     """Makes a rule from S comparisons of different people.
 
     Args:
       ratios: [S], the log ratios.
       fmr: the share of other people's clips that may be accepted, or None for DEFAULT_FMR.
       pairs: True if a ratio compares two clips of strangers, False for a clip and a person.
-      least: the smallest `log_ratio` if `fmr` is None and there are too few comparisons to measure
+      least: the smallest `score` if `fmr` is None and there are too few comparisons to measure
         the rule, see `find_least_ratio`.
 
     Raises:
@@ -176,7 +118,7 @@ def make_rule(
         limit = answers_lib.measure_threshold(ratios, rate, 1)
         about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
         about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
-        return MatchRule("measured", rate, limit.score, limit, about)
+        return Rule("measured", limit.score, fmr is None, limit, about, rate)
     if fmr is not None:
         lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
@@ -189,7 +131,7 @@ def make_rule(
     least = max(least, usual)
     about = f"the log ratio is {least:.6g} or more. If {model}, at most {100 * rate:g} % "
     about += f"of other people's clips reach it; with {needed} clips of strangers, it is measured"
-    return MatchRule("model", rate, least, None, about)
+    return Rule("model", least, True, None, about, rate)
 
 
 def order_by_hash(names: Sequence[str]) -> np.ndarray:
@@ -223,7 +165,7 @@ def pair_strangers(
 
 def count_strangers(state: State) -> int:
     """Estimates the number of strangers from their clips, at most MAX_COUNTED clips."""
-    names = [*list_usable_strangers(state)]
+    names = state.strangers
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
 
@@ -242,7 +184,7 @@ def find_least_ratio(state: State, fmr: float) -> float:
     return float(card_backend.pair_log_ratios(limits[0], np.array(square), np.array(2.0)))
 
 
-def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
+def choose_rule(state: State, identity: str | None, fmr: float | None) -> Rule:
     """Returns the rule by which a clip is accepted.
 
     If `identity` is given, the rule decides if a clip shows this person. If it is None, the rule
@@ -254,9 +196,9 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
         find_person(identity := normal_form(identity), state.clips_of)
     problem = card_notes.compare(state).problem
     if about := card_notes.REFUSED.get(problem):
-        return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, about)
+        return Rule("blind", math.inf, fmr is None, None, about, fmr or DEFAULT_FMR)
 
-    rate, names = fmr or DEFAULT_FMR, [*list_usable_strangers(state)]
+    rate, names = fmr or DEFAULT_FMR, state.strangers
 
     def compare_strangers() -> np.ndarray:
         parts = stack_parts(state, names)
@@ -285,7 +227,7 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
     return rule._replace(about=rule.about + note)
 
 
-def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
+def verify(state: State, rule: Rule, vectors: Vectors, identity: str) -> Verification:
     """Decides by `rule` for each clip if it shows the person `identity`.
 
     `vectors` are the vectors of the clips. For the result, see `Verification`.
@@ -301,11 +243,11 @@ def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Ve
         fits = [(name, ratio) for name, ratio, is_compared in pairs if is_compared]
         best, worst = (f(fits, key=lambda x: x[1], default=None) for f in (max, min))
         matches[clip] = match._replace(best=best, worst=worst)
-    return Verification(matches, rule, find_misfits(state, person))
+    return Verification(matches, rule, audit(state, names, among_all=False).misfits)
 
 
 def compare(
-    state: State, rule: MatchRule, first: Vectors, second: Vectors | None
+    state: State, rule: Rule, first: Vectors, second: Vectors | None
 ) -> dict[tuple[str, str], Match]:
     """Decides by `rule` for pairs of clips if they show one person.
 
@@ -332,35 +274,17 @@ def compare(
 
 
 def make_matches(
-    rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
+    rule: Rule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
 ) -> Iterator[Match]:
     """Yields Q comparisons: applies `rule` to the log-likelihood ratios `ratios` [Q].
 
     `shared` [M, Q] bool is True for the modalities of `backend` that were compared.
     """
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
-        yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))
-
-
-def find_misfits(
-    state: State, identity: str, checked: Collection[str] | None = None
-) -> dict[str, float]:
-    """Finds clips of a person that do not fit the person's other clips; returns clip -> log ratio.
-
-    The log ratio is log(p(clips | one person) / p(clips | two people)). If the names `checked` are
-    given, only these clips are listed. For more, see `Gallery.find_misfits`.
-    """
-    names = find_person(identity, state.clips_of)
-    backend, parts = state.index.backend, stack_parts(state, names)
-    # The number and the sum of the coordinates of all other clips, for each clip.
-    coordinates = ((x, x.any(axis=1)) for x in backend.whiten(parts))
-    others = [(has.sum() - has, x.sum(axis=0) - x) for x, has in coordinates]
-    inverses = ratios_lib.invert(backend)
-    rest = ratios_lib.of_sums(backend, others, np.ones(len(names)), inverses)
-    ratios, shared = ratios_lib.compare(backend, ratios_lib.of_clips(backend, parts), rest)
-    rows = np.flatnonzero(shared.any(axis=0) & (ratios < -math.log(MISFIT_ODDS)))
-    found = {names[row]: float(ratios[row]) for row in rows[np.argsort(ratios[rows])]}
-    return {name: x for name, x in found.items() if checked is None or name in checked}
+        evidence = tuple(itertools.compress(backend.widths, compared))
+        ratio = ratio if evidence else 0.0
+        probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
+        yield Match(bool(evidence and rule.names(ratio)), ratio, probability, evidence)
 
 
 def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:

@@ -24,7 +24,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from vidjax.apps.gallery import answers as answers_lib, verification
-from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import gallery_model
 from vidjax.apps.serve.batcher import Batcher, Changes
@@ -77,6 +76,7 @@ Probability = Annotated[
     float, Meta(gt=0, le=1, description="the lowest probability of a name, instead of fpir")
 ]
 COMMON_ERRORS = (400, 401, 403, 500, 503)  # HTTP statuses of errors of every endpoint
+REMOVAL_ERRORS = (404, 409, 429, 507)
 ERROR_REF = "#/components/responses/Error"
 BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that read a body
 
@@ -192,10 +192,10 @@ class Application:
             Endpoint("GET", "/v2/health/ready", self.is_ready),
             Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
-            Endpoint("POST", "/enrol", self.enrol, (507,), EnrolRequest, result=EnrolAnswer),
+            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, result=EnrolAnswer),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
-            Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
-            Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
+            Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, REMOVAL_ERRORS),
+            Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, REMOVAL_ERRORS),
             Endpoint("GET", "/threshold", self.threshold, (409, 422), query=RuleParameters),
             Endpoint("GET", "/metrics", self.counters),
             Endpoint("GET", "/openapi.json", self.describe),
@@ -275,8 +275,8 @@ class Application:
             raise unprocessable(text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
-        names = identities.values() if body.identity is None else [body.identity]
-        people = {clean_identity(name) for name in names}
+        for name in identities.values() if body.identity is None else [body.identity]:
+            clean_identity(name)  # a wrong name is refused before vectors are computed
         if stray := identities.keys() - clips.keys():
             place = f"clip '{show(min(stray))}' is missing: "
             raise unprocessable("each key of 'identities' must be a key of 'clips'", place)
@@ -284,16 +284,7 @@ class Application:
         done = await self._change(
             request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
         )
-
-        def find_misfits() -> dict[str, float]:
-            misfits = dict[str, float]()
-            for person in people:
-                with contextlib.suppress(NotEnrolledError):  # all clips were refused, or removed
-                    misfits |= self.gallery.find_misfits(person, clips)
-            return misfits
-
-        misfits = await self.batcher.run(find_misfits)
-        return _encode_json(EnrolAnswer(**done._asdict(), misfits=misfits))
+        return _encode_json(EnrolAnswer(**done._asdict()))
 
     async def identities(self, request: Request) -> Response:
         """Lists up to 10,000 people and their clip counts. `?after=NAME` starts after NAME."""

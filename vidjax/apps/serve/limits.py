@@ -32,7 +32,12 @@ from vidjax.apps import web
 from vidjax.apps.gallery.answers import NobodyError
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
+from vidjax.apps.gallery.store import (
+    ResultError,
+    UncertainWriteError,
+    UnreadableError,
+    UnwritableError,
+)
 from vidjax.apps.server_limits import Limits
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
@@ -320,6 +325,10 @@ def to_refusal(error: Exception) -> Refused:
     """
     if isinstance(error, Refused):
         return error
+    if isinstance(error, ResultError):
+        refused = Refused(409, str(error))
+        refused.reason = "the gallery is a result of another command"  # the message has a path
+        return refused
     if isinstance(error, HTTPException):
         refused = Refused(error.status_code, f"{error.detail}: see /openapi.json")
         refused.headers |= error.headers or {}

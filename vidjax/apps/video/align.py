@@ -20,6 +20,47 @@ THUMBNAIL_SIDE = 160  # largest side of a thumbnail in pixels
 # Eyes count as covered below this share of the brightness of the cheeks. Bare eyes have 0.8 to 1.2.
 DARK_EYES_RATIO = 0.6
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
+# The EXIF orientations for which a picture is mirrored from left to right, and from top to bottom.
+# Before that, rows and columns are exchanged for the orientations 5 to 8.
+MIRRORED = (2, 3, 6, 7), (3, 4, 7, 8)
+
+
+def turn_picture(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns a stored picture [H, W, 3] upright, by its EXIF orientation, 1 to 8."""
+    rgb = rgb.swapaxes(0, 1) if orientation > 4 else rgb
+    across, down = (-1 if orientation in mirrored else 1 for mirrored in MIRRORED)
+    return np.ascontiguousarray(rgb[::down, ::across])
+
+
+def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns boxes [n, 4] from the stored picture to the upright picture, by EXIF orientation.
+
+    A box is left, top, right and bottom, as fractions of the picture's width and height.
+    """
+    points = boxes.reshape(-1, 2, 2)
+    if orientation > 4:
+        points = points[..., ::-1]
+    points = np.where([orientation in mirrored for mirrored in MIRRORED], 1 - points, points)
+    return np.concatenate([points.min(1), points.max(1)], 1)
+
+
+def turn_box(
+    box: tuple[float, float, float, float], old: int, new: int
+) -> tuple[float, float, float, float]:
+    """Returns the box of a face after the orientation of its picture has changed.
+
+    A box is left, top, width and height, as fractions of the upright picture. `old` and `new` are
+    EXIF orientations of the same stored picture, 1 to 8. 6 and 8 turn in opposite directions. Each
+    other orientation is its own inverse.
+    """
+    if old == new:
+        return box
+    left, top, width, height = box
+    stored = turn_boxes(
+        np.array([left, top, left + width, top + height]), {6: 8, 8: 6}.get(old, old)
+    )
+    left, top, right, bottom = turn_boxes(stored, new).clip(0, 1).round(6)[0].tolist()
+    return left, top, round(right - left, 6), round(bottom - top, 6)
 
 
 def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:

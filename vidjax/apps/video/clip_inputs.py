@@ -5,7 +5,6 @@ clip means to store it in a gallery, with the name of its person.
 """
 
 import contextlib
-import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +12,25 @@ from typing import TypeAlias
 
 import numpy as np
 
-from vidjax.apps import bulk, cards, features_folder
-from vidjax.apps.features_folder import MediaFile
+from vidjax.apps import bulk, cards
 from vidjax.apps.gallery.answers import UNKNOWN, Answer, read_groups
+from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import Enrolment, check_given
-from vidjax.apps.gallery.vectors import Vectors
-from vidjax.apps.video import faces, naming
+from vidjax.apps.gallery.labelling import Enrolment, check_given, find_known
+from vidjax.apps.gallery.vectors import NetVectors, Vectors
+from vidjax.apps.video import log, media, naming
+from vidjax.apps.video.media import MediaFile
 from vidjax.apps.video.media_files import PHOTOS
 from vidjax.apps.video.naming import NamedTracks, Tracks
+from vidjax.apps.video.said import Said
 from vidjax.data import clip_files, memory, parquet
-from vidjax.data.clips import SPLITS
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import MemoryClips
 from vidjax.utils import terminal
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import show, strip_ending
+from vidjax.utils.terminal import ignore_count
 
 Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
 Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
@@ -61,7 +62,7 @@ def check_input(
                 "if each is a person, leave out --identity; else enrol one folder: --input=FOLDER"
             )
     if gallery.origin.cards:
-        features_folder.check_models(path, gallery.origin.cards)
+        media.check_models(path, gallery.origin.cards)
 
 
 def refuse_photos(path: Path) -> None:
@@ -81,8 +82,8 @@ def read_films(path: Path | None) -> list[MediaFile]:
     any other path, and for None, the result is empty.
     """
     folder = path.parent if path and path.suffix == ".npz" else path  # .npz: of one film
-    is_extracted = folder and (folder / features_folder.NAME).exists()
-    return features_folder.read_media_files(folder) if folder and is_extracted else []
+    is_extracted = folder and (folder / media.NAME).exists()
+    return media.read_media_files(folder) if folder and is_extracted else []
 
 
 def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:
@@ -207,14 +208,6 @@ def load_people(
     return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
 
 
-def load_all(gallery: Gallery, path: Path) -> MemoryClips:
-    """Loads the clips in `path`. If it is a folder, it may have a folder for each person."""
-    inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
-    if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
-        return load_people(gallery, path)[0]
-    return gallery.load(path)
-
-
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
@@ -277,24 +270,16 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
     return folder
 
 
-def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
-    """Returns the enrolled clips in `films` with the number of a face in the name, as in `a.t01`.
-
-    A new detector may give such a name to another face.
-    """
-    tracks = {track.clip for film in films for track in film.tracks}
-    return sorted(x for x in tracks & gallery.clips.keys() if re.search(r"\.[tf]\d+$", x))
-
-
 # ---- people of new clips
 
 
-def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
+def embed_clips(backend: Backend, features: Path, clips: Collection[str]) -> Vectors:
     """Computes the embeddings of the clips with the names `clips`, which may be empty.
 
-    `features` is a folder of files `FILM.npz`. Each file contains the clips of a film.
+    `features` is a folder of files `FILM.npz`. Each file contains the clips of a film. `backend`
+    has the modalities.
     """
-    reads = gallery.backend.widths
+    reads = backend.widths
     if not clips:  # for example if no photo can be used
         return Vectors((), {part: np.zeros((0, width)) for part, width in reads.items()}, ())
     paths = sorted({features / f"{clip.partition('.')[0]}.npz" for clip in clips})
@@ -302,7 +287,7 @@ def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vec
         clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
         for clip in clip_files.read_clips(paths) if clip.name in clips
     )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))
+    return NetVectors(backend).embed(MemoryClips.pack(known, reads, ()), None, ignore_count)
 
 
 def name_clips(
@@ -315,14 +300,20 @@ def name_clips(
 
     If `films` are given, each clip is a track: the faces of a person in a shot of a film. As in
     `vidjax who`, similar tracks get one name, and tracks that overlap in time get different names.
+    If `vidjax who` made the gallery, names and corrections of its users count.
     Without films, each clip is named independently of all others.
     `identify` is the method `gallery.identify`, with options such as `threshold` already set.
     """
-    if films:
-        said = faces.read_for(gallery, films)
-        return naming.name_tracks(Tracks(gallery, vectors, films), identify, said=said)
-    answers = identify(vectors) if gallery.identities else {}
-    return NamedTracks({**answers}, {}, None, {})
+    if not films:
+        answers = identify(vectors) if gallery.identities else {}
+        return NamedTracks({**answers}, {}, None, {})
+    out, told = gallery.folder.parent, find_known(gallery.state, vectors)
+    said = Said(log.read(out) if gallery.command else (), films)
+    if gallery.command:
+        told = {clip: said.names[clip] for clip in vectors.names if clip in said.names}
+    gallery.check_apart(vectors, naming.list_apart(films))
+    tracks = Tracks(gallery.state, vectors, films)
+    return naming.name_tracks(tracks, lambda x, of: identify(x, groups=of), told, said=said)
 
 
 def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
@@ -334,6 +325,6 @@ def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}
     vectors = vectors.only({*vectors.names} - known - named.told.keys())
     if films and gallery.origin.cards:
-        tracks = Tracks(gallery, vectors, films)
+        tracks = Tracks(gallery.state, vectors, films)
         return naming.mark_unclear(naming.group_unknown(tracks), films)
     return gallery.group(vectors)

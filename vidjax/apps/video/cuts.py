@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidjax.apps.features_folder import MediaFile, make_printable
+from vidjax.apps.video.media import MediaFile, make_printable
 from vidjax.apps.video.naming import Appearance, group_by_video
 from vidjax.utils import files
 from vidjax.utils.names import make_file_stems
@@ -96,12 +96,12 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
 
     media = {
         "OTIO_SCHEMA": "ExternalReference.1",
-        "target_url": f"file://{film.source.address}",
+        "target_url": f"file://{film.address}",
         "available_range": make_range(0, _count_frames(film)),
     }
     return {
         "OTIO_SCHEMA": "Clip.2",
-        "name": make_printable(film.source.path.name),
+        "name": make_printable(film.path.name),
         "source_range": make_range(cut.begin, cut.end),
         "active_media_reference_key": "DEFAULT_MEDIA",
         "media_references": {"DEFAULT_MEDIA": media},
@@ -115,8 +115,8 @@ def to_playlist(cuts: Sequence[Cut]) -> str:
     """
     lines = ["#EXTM3U"]
     for film, begin, end in cuts:
-        rate, source = _get_rate(film), film.source
-        lines += [f"#EXTINF:{round((end - begin) / rate)},{make_printable(source.path.name)}"]
+        rate = _get_rate(film)
+        lines += [f"#EXTINF:{round((end - begin) / rate)},{make_printable(film.path.name)}"]
         lines += [f"#EXTVLCOPT:start-time={begin / rate:.3f}"]
-        lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", f"file://{source.address}"]
+        lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", f"file://{film.address}"]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import itertools
 import re
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidjax.apps.video import media_files
+from vidjax.apps.video import align, media_files
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
@@ -38,6 +39,7 @@ LEAST_ASPECT = 0.25  # a pixel aspect ratio below 0.25 or above 4 is ignored as 
 SOUND_RATE = 16_000  # samples per second
 USUAL_RATE = 25.0  # frames per second, if a file declares no rate
 READ_BYTES = 1 << 18
+FIRST_PACKETS = 100  # one of them should contain a picture that can be decoded
 ROUNDING_SECONDS = 0.02  # the largest rounding error of time stamps of sound
 BACK_SECONDS = 1.0  # the longest step back of time stamps of sound
 # A video counts as damaged if it is shorter than declared by more than 0.5 s and by more than 5 %.
@@ -163,7 +165,9 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 
 
 class Video:
-    """An open video, see `open_video`. It allows one call in all: `frames`, `still` or `sound`.
+    """An open video, see `open_video`.
+
+    It allows one call in all: `identify`, `frames`, `still` or `sound`.
 
     `counts` are the numbers of frames and errors. They are complete when all frames have been read.
     `tell()` returns the present position in the file in bytes, at any time.
@@ -182,6 +186,30 @@ class Video:
         self._resets = container.format.name in BROADCASTS
         # Two reformatters, because each caches its conversion for a single size and format.
         self._shrinks, self._converts = VideoReformatter(), VideoReformatter()
+
+    def identify(self) -> tuple[str, int]:
+        """Returns the sha256 of the compressed pictures, and the EXIF orientation of the pictures.
+
+        The packets of the video stream are digested one after another, and not decoded. So the
+        sha256 stays equal if only the title, the sound or the container changes. The orientation
+        turns the pictures upright. It is 1 if no picture can be decoded. Raises UserError if the
+        file cannot be read to its end.
+        """
+        from av.error import FFmpegError
+
+        sha256, frames, count = hashlib.sha256(), list[Any](), 0
+        try:
+            for packet in self._container.demux(self._stream):
+                sha256.update(packet)
+                count += packet.size > 0
+                if not frames and count <= FIRST_PACKETS:
+                    with contextlib.suppress(FFmpegError):
+                        frames = packet.decode()
+        except FFmpegError as error:
+            raise UserError(f"'{self._path}' is damaged") from error
+        if not count:
+            raise UserError(f"'{self._path}' contains no pictures")
+        return sha256.hexdigest(), _read_orientation(frames[0]) if frames else 1
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields all frames in order. Corrupt frames are skipped.
@@ -247,7 +275,8 @@ class Video:
     def _convert(self, frame: "VideoFrame") -> np.ndarray:
         """Returns the picture of a frame, uint8 [H, W, 3] RGB, upright and with square pixels."""
         width = max(1, round(frame.width * self.info.aspect))
-        return _turn_upright(_resize(self._converts, frame, width, frame.height), frame)
+        picture = _resize(self._converts, frame, width, frame.height)
+        return align.turn_picture(picture, _read_orientation(frame))
 
     def sound(self, jumps: Iterable[Jump] = ()) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
@@ -326,22 +355,20 @@ class Video:
                     yield frame
 
 
-def _turn_upright(rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-    """Turns or mirrors a picture [H, W, 3] by the metadata of the film, so that it is upright.
+def _read_orientation(frame: "VideoFrame") -> int:
+    """Returns the EXIF orientation, 1 to 8, that turns a frame upright, by the film's metadata.
 
-    `frame` contains the metadata. An angle is rounded to a multiple of 90 degrees.
+    An angle is rounded to a multiple of 90 degrees.
     """
     a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
     # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
     with contextlib.suppress(ValueError):
         if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
-            return rgb
+            return 1
         a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
-    across, down = a, d
-    if abs(b) > abs(a):
-        rgb = rgb.swapaxes(0, 1)
-        across, down = c, b
-    return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+    swaps = abs(b) > abs(a)
+    across, down = (c, b) if swaps else (a, d)
+    return 1 + 4 * swaps + ((0, 1), (3, 2))[down < 0][across < 0]
 
 
 @contextlib.contextmanager

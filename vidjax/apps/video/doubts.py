@@ -5,28 +5,26 @@ face. The odds that two sides show different faces are above 200 to 1. If it is 
 shows the named person, the photos of all other sides are doubtful. If it is not clear, no photo
 with this name is doubtful, and the result lists the sides.
 
-Each photo of the side with the named person is compared with the other photos of this side, and
-with the photos of all other people. A photo is doubtful in two cases:
+The photos that are left are compared, see `audit`. A photo is doubtful in two cases:
 
-- The odds that the photo shows one of the other people are above 200 to 1. All other people have
-  the same prior probability.
+- The odds that the photo shows another person, and not the named one, are above 200 to 1. All
+  other people have the same prior probability.
 - The named person has at least two other photos, and the odds are above 200 to 1 that the photo
   shows a different person.
-
-A single wrong photo can make all photos with this name seem doubtful. So only the most doubtful
-photo with each name is set aside, and the remaining photos are compared again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
+from vidjax.apps.gallery.enrolment import make_state, stack_parts, stack_vectors
 from vidjax.apps.gallery.grouping import Groups, agglomerate
 from vidjax.apps.gallery.ratios import LEAST_ODDS, Summary
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.store import State
 
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
 # It is clear which photos are wrong if this many times more photos must be wrong otherwise.
@@ -53,58 +51,69 @@ class Doubts(NamedTuple):
     alike: list[tuple[str, str]]
 
 
-def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
-    """Finds photos that may have the name of a wrong person.
+def find_doubtful_photos(state: State, without: Collection[str] = ()) -> Doubts:
+    """Finds enrolled photos that may have the name of a wrong person.
 
-    `photos` is clip -> person and embedding. A clip, such as `people/Ada/IMG_1`, is a face in the
-    gallery. If `backend` does not compare faces by distances, the result is empty.
+    `state` is the content of a gallery, of which the clips `without` are left out. If the gallery
+    does not compare faces by distances, the result is empty.
     """
-    found = Doubts({}, {}, [])
-    clips = np.array(sorted(photos))
+    found, backend = Doubts({}, {}, []), state.index.backend
     for number, part in enumerate(backend.parts):
-        if part.name != "face" or part.distances is None or not len(clips):
+        if part.name != "face" or part.distances is None:
             continue
-        vectors = np.stack([photos[clip].vector for clip in clips.tolist()])
-        units = backend.units(backend.split(vectors))[number]
-        valid = units.any(axis=1)
-        clips, units = clips[valid], units[valid]
-        names, owner = np.unique(
-            [str(photos[clip].identity) for clip in clips], return_inverse=True
-        )
-        faces = backend._replace(parts=(part,))
+        clips = {
+            name: x._replace(vector=face) for name, x in state.clips.items()
+            if x.identity and name not in without
+            and (face := backend.split(x.vector[None])[number][0]).any()
+        }  # fmt: skip
+        faces, clip_names = backend._replace(parts=(part,)), sorted(clips)
+        (units,) = faces.units([stack_vectors(clip_names, clips, len(part.centre))])
+        names, owner = np.unique([str(clips[x].identity) for x in clip_names], return_inverse=True)
         wrong, mixed = divide_photos(faces, units, owner)
         for person, sides in mixed.items():
-            parts = [Side(clips[rows].tolist(), _name(names, like)) for rows, like in sides]
-            found.mixed[str(names[person])] = parts
-        rest = np.flatnonzero(~np.isin(owner, [*mixed]) & ~np.isin(np.arange(len(owner)), [*wrong]))
-        again = compare_photos(faces, units[rest], owner[rest])
-        again = {int(rest[row]): like for row, like in again.items()}
-        unclear = _find_unclear(faces, units, owner, again)
-        found.alike.extend(sorted((str(clips[a]), str(clips[b])) for a, b in {*unclear.values()}))
-        for row, like in (wrong | again).items():
-            if row not in unclear:
-                found.photos[str(clips[row])] = _name(names, like)
+            found.mixed[str(names[person])] = [
+                Side([clip_names[row] for row in rows], _name(names, like)) for rows, like in sides
+            ]
+        rest = {x: clips[x] for row, x in enumerate(clip_names)
+                if owner[row] not in mixed and row not in wrong}  # fmt: skip
+        left = make_state(state.version, state.origin, faces, rest)
+        again = _audit(left)
+        unclear = _find_unclear(left, again)
+        found.alike.extend(sorted({*unclear.values()}))
+        found.photos.update({clip_names[row]: _name(names, x) for row, x in wrong.items()})
+        found.photos.update({clip: x for clip, x in again.items() if clip not in unclear})
     return found
 
 
-def _find_unclear(
-    backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
-) -> dict[int, tuple[int, int]]:
+def _audit(state: State) -> dict[str, str | None]:
+    """Returns the clips that fit another person, or differ from the other clips of their person.
+
+    The result is clip -> the other person, or None.
+    """
+    (misfits, rivals), least = audit(state, state.clips), np.log(LEAST_ODDS)
+    prior = np.log(max(len(state.index.names) - 1, 1))  # all other people are equally probable
+    likes = {clip: x.person for clip, x in rivals.items() if x.lead - prior > least}
+    differ = {
+        clip for clip, ratio in misfits.items()
+        if ratio < -least and len(state.clips_of[state.clips[clip].identity or ""]) > FEWEST_OTHERS
+    }  # fmt: skip
+    return {clip: likes.get(clip) for clip in sorted(differ | likes.keys())}
+
+
+def _find_unclear(state: State, doubtful: Mapping[str, str | None]) -> dict[str, tuple[str, str]]:
     """Finds similar photos of two people, if it is not clear which of the two photos is wrong.
 
-    Returns row of a doubtful photo -> rows of this photo and of the similar photo, sorted.
-    `doubtful` is the result of `compare_photos`; the other arguments are as in `compare_photos`.
+    `doubtful` is the result of `_audit`. Returns doubtful photo -> this photo and the similar
+    photo, sorted.
     """
-    unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
-    photos = _summarise(backend, units, np.arange(len(units)))
-    for row, like in doubtful.items():
-        if like is None:
-            continue
-        others = np.flatnonzero(owner == like)
-        ratios, _ = ratios_lib.compare(backend, photos.take([row]), photos.take(others))
-        if np.sum(ratios > 0) + number_of[owner[row]] - 1 < CLEAR_ERRORS:
-            low, high = sorted((row, int(others[ratios.argmax()])))
-            unclear[row] = low, high
+    unclear, backend = dict[str, tuple[str, str]](), state.index.backend
+    for clip, like in doubtful.items():
+        own, others = (state.clips_of.get(x or "", ()) for x in (state.clips[clip].identity, like))
+        photos = ratios_lib.of_clips(backend, stack_parts(state, [clip, *others]))
+        ratios, _ = ratios_lib.compare(backend, photos.take([0]), photos.take(slice(1, None)))
+        if others and np.sum(ratios > 0) + len(own) - 1 < CLEAR_ERRORS:
+            first, second = sorted((clip, others[ratios.argmax()]))
+            unclear[clip] = first, second
     return unclear
 
 
@@ -127,7 +136,12 @@ def divide_photos(
     """Divides the photos of each person into sides: the photos of a side show the same face.
 
     Only one side of a person can be right. If it is clear which side is right, the photos of the
-    person's other sides are wrong. For the arguments, see `compare_photos`.
+    person's other sides are wrong.
+
+    Args:
+      backend: must have a single modality, face, and compare it by distances.
+      units: [N, D] float64, the embeddings of N photos, scaled to unit length.
+      owner: [N] int, the person who is named for each photo. People are numbered from 0.
 
     Returns:
       Row of each wrong photo -> number of the person whom the photo resembles, or None.
@@ -178,45 +192,3 @@ def _find_sides(backend: Backend, units: np.ndarray, rows: np.ndarray) -> list[n
     joined = agglomerate(groups, lambda _: -float(np.log(LEAST_ODDS)))
     first = np.unique(joined, return_index=True)[1]
     return [rows[joined == joined[place]] for place in np.sort(first)]
-
-
-def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> dict[int, int | None]:
-    """Finds photos that probably show another person than `owner`, with odds above 200 to 1.
-
-    Args:
-      backend: must have a single modality, face, and compare it by distances.
-      units: [N, D] float64, the embeddings of N photos, scaled to unit length.
-      owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
-
-    Returns:
-      Row of the photo -> number of the person whom the photo resembles; None if it resembles
-        nobody.
-    """
-    doubtful: dict[int, int | None] = {}
-    rows, kept = np.arange(len(units)), np.ones(len(units), bool)
-    num = int(owner.max(initial=0)) + 1
-    photos = _summarise(backend, units, rows)
-    others, changed = np.zeros((len(units), num)), np.arange(num)
-    while True:
-        count, total = sum_by_owner(units * kept[:, None], owner, num)
-        num_others = count[owner] - kept
-        rest = [(num_others, total[owner] - units * kept[:, None])]
-        rest, people = (
-            ratios_lib.of_sums(backend, sums, np.ones(len(sums[0][0])))
-            for sums in (rest, [(count[changed], total[changed])])
-        )
-        log_odds_own, _ = ratios_lib.compare(backend, photos, rest)
-        others[:, changed], _ = ratios_lib.compare(backend, photos.across(), people)
-        others[rows, owner] = -np.inf
-        like = others.argmax(axis=1)
-        gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(log_odds_own, 0)
-        doubt = np.maximum(gain, np.where(num_others >= FEWEST_OTHERS, -log_odds_own, -np.inf))
-        order = np.flatnonzero(kept & (doubt > np.log(LEAST_ODDS)))
-        order = order[np.argsort(doubt[order], kind="stable")]
-        worst = dict(zip(owner[order].tolist(), order.tolist(), strict=True))  # of each person
-        if not worst:
-            return doubtful
-        for photo in worst.values():
-            doubtful[photo] = int(like[photo]) if gain[photo] > 0 else None
-            kept[photo] = False
-        changed = np.array([*worst])

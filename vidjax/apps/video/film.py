@@ -20,10 +20,17 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from vidjax.apps import cards, features_folder
-from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
-from vidjax.apps.video import align, decode, photos, regions, tracks, voices
+from vidjax.apps import cards
+from vidjax.apps.video import align, decode, media, pictures, regions, tracks, voices
 from vidjax.apps.video.halves import HalvesDetector
+from vidjax.apps.video.media import (
+    DIGEST_DIGITS,
+    Content,
+    ExtractionSettings,
+    FaceTrack,
+    FileStamp,
+    MediaFile,
+)
 from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
@@ -31,6 +38,7 @@ from vidjax.apps.video.tracks import MainFigures, Track, Tracker
 from vidjax.apps.video.voices import Listener, Voice
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import files, processes
+from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
@@ -47,11 +55,20 @@ class Task(Struct, kw_only=True):
     settings: ExtractionSettings
     path: str = ""
     out: str = ""  # an existing folder
-    stem: str = ""  # the first part of the names of the clips
-    # The properties and the sha256 of the file, which are copied to the description.
-    source: FileStamp | None = None
-    sha256: str = ""
+    stem: str = ""  # see `choose_stem`
+    taken: bool = False  # whether another film has the stem
+    stems: dict[str, str] = {}  # digest of a film of an earlier call -> its stem
+    current: list[Content] = []  # contents of films and photos that need not be read again
+    source: FileStamp | None = None  # the properties of the file, for the description
+    sha256: str = ""  # the digest of a photo, see `Content`; "" if the file may be a film
     tagged: bool = False  # whether names that photo programs stored for faces are read from a photo
+
+
+class Answer(Struct, kw_only=True):
+    """The result of `work`: what the file shows."""
+
+    content: Content
+    film: MediaFile | None = None  # None if the content is in `Task.current`
 
 
 class Nets(NamedTuple):
@@ -197,10 +214,10 @@ class ClipBuilder:
         top, card = max(best), self._nets.embed.card
         clear_quality = card.back_end.clear_quality if card.back_end else None
         written = _to_face_track(track, name)
-        written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)
+        written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), media.Box)
         written.box_at_s = round(top.time_s, 3)
         places = [(round(x.time_s, 3), x.place.clip(0, 1).round(3).tolist()) for x in best]
-        written.places = msgspec.convert(places, list[features_folder.Place])
+        written.places = msgspec.convert(places, list[media.Place])
         written.quality = top.quality
         written.clarity = align.measure_clarity(top.quality, clear_quality)
         written.dark_eyes = bool(align.has_dark_eyes(top.crop[None], np.array(card.template))[0])
@@ -247,45 +264,74 @@ class ClipBuilder:
         return len(heard)
 
 
-def extract(task: Task, nets: Nets) -> MediaFile:
+def choose_stem(task: Task, sha256: str) -> str:
+    """Returns the first part of the names of the clips of a file. `sha256` is its digest.
+
+    A known file keeps its stem. Without `task.stem`, the stem is made of the digest.
+    """
+    if known := task.stems.get(sha256):
+        return known
+    return f"{task.stem}~{sha256[:8]}" if task.taken else task.stem or sha256[:DIGEST_DIGITS]
+
+
+def identify(task: Task) -> tuple[Content, regions.Tags]:
+    """Finds out what a film or photo shows, without finding faces; returns it and the face tags.
+
+    The digest of a film that cannot be read to its end is the sha256 of the file.
+    """
+    path, sha256, is_photo, orientation = Path(task.path), task.sha256, bool(task.sha256), 1
+    if not is_photo:
+        try:
+            with decode.open_video(path) as video:
+                sha256, orientation = video.identify()
+        except UserError:
+            sha256, is_photo = files.sha256_file(path), True  # perhaps; else the orientation is 1
+    if is_photo:
+        orientation = pictures.read_orientation(path)
+    tags = regions.read_tags(path) if task.tagged and is_photo else regions.Tags([])
+    found = files.sha256_json(tags) if tags.tags or tags.problem else ""
+    return Content(sha256=sha256, orientation=orientation, tags_sha256=found), tags
+
+
+def extract(task: Task, content: Content, tags: regions.Tags, nets: Nets) -> MediaFile:
     """Writes the features of a video or photo to `OUT/STEM.npz`; returns its description.
 
-    `task` contains the file, the folder OUT, and STEM. Each face of a photo is a clip. If OUT
-    contains a folder for thumbnails, a picture of the best face of each clip is written into this
-    folder. The memory grows with the number of clips, but not with the length of a video.
+    `task` contains the file, the folder OUT, and STEM. `content` and `tags` are the results of
+    `identify`. Each face of a photo is a clip. If OUT contains a folder for thumbnails, a picture
+    of the best face of each clip is written into this folder. The memory grows with the number of
+    clips, but not with the length of a video.
 
     Raises:
       UserError: the file cannot be decoded.
     """
-    path, out = Path(task.path), Path(task.out)
+    path, out, stem = Path(task.path), Path(task.out), choose_stem(task, content.sha256)
     held_s = tracks.choose_held_seconds(task.settings.fps)
-    clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, held_s)
-    photo = photos.read_photo(path)
+    clips = ClipBuilder(nets, out / media.THUMBNAILS, held_s)
+    photo = pictures.read_photo(path)
     if photo:
-        tags = regions.read_tags(path) if task.tagged else regions.Tags([])
-        facts = _read_photo(photo, tags, clips, nets, task.stem)
+        facts = _read_photo(photo, tags, clips, nets, stem)
     else:
-        facts = _read_film(task, clips, nets)
-    write_npz(out / f"{task.stem}.npz", clips.arrays, nets.digests)
+        facts = _read_film(task, stem, clips, nets)
+    write_npz(out / f"{stem}.npz", clips.arrays, nets.digests)
     assert task.source
     return MediaFile(
-        video=features_folder.make_printable(path.name),
+        video=media.make_printable(path.name),
         source=task.source,
-        sha256=task.sha256,
+        **msgspec.structs.asdict(content),
         photo=photo is not None,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
         **facts,
     )
 
 
-def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
+def _read_film(task: Task, stem: str, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     """Makes the clips of a video; returns fields of the video's description, see `MediaFile`.
 
-    `clips` collects the clips.
+    `stem` is the first part of the names of the clips. `clips` collects the clips.
     """
     path = Path(task.path)
     with decode.open_video(path) as video:
-        cuts, seen, layout = _make_clips(video, clips, nets, task)
+        cuts, seen, layout = _make_clips(video, clips, nets, task, stem)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
     facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
     facts |= dataclasses.asdict(video.counts)
@@ -299,12 +345,12 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
 
 
 def _make_clips(
-    video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task
-) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
+    video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task, stem: str
+) -> tuple[ShotDetector, list[FaceTrack], media.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and
-    `HalvesDetector.layout`.
+    `clips` collects the clips, whose names begin with `stem`. Returns the detector of the shots,
+    the tracks of all people, and `HalvesDetector.layout`.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()
@@ -317,13 +363,13 @@ def _make_clips(
 
     def end_clips() -> None:
         for track in tracker.take_ended():
-            shot = f"{task.stem}.s{track.shot:03}"
+            shot = f"{stem}.s{track.shot:03}"
             if main is None:
                 clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
                 seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
-            clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
+            clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
         clips.keep(trackers[-1].live)
 
     def end_shot(time_s: float, next_s: float | None = None) -> None:
@@ -338,7 +384,7 @@ def _make_clips(
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
 
-    with (Path(task.out) / features_folder.PROGRESS).open("wb", buffering=0) as progress:
+    with (Path(task.out) / media.PROGRESS).open("wb", buffering=0) as progress:
         for number, frame in enumerate(video.frames(fps)):
             jumps = frame.gap_s < frame.time_s
             if cuts.update(frame.time_s, frame.small, jumps) and number:
@@ -354,7 +400,7 @@ def _make_clips(
 
 
 def _read_photo(
-    photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
+    photo: pictures.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
     """Makes a clip of each face in a photo; returns fields of the photo's `MediaFile`.
 
@@ -386,15 +432,22 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
     return FaceTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
-def work(arguments: dict[str, Any]) -> MediaFile | None:
-    """Loads nets, and extracts the features of a file, see `extract`. Runs in a child process.
+def work(arguments: dict[str, Any]) -> Answer | None:
+    """Extracts the features of a file, see `extract`, if it is not known. Runs in a child process.
 
-    `arguments` are the fields of a `Task` as JSON values. If `path` is "", only loads the nets, and
-    returns None. Raises NetError if a net cannot be used.
+    `arguments` are the fields of a `Task` as JSON values. Nets are only loaded if the file is not
+    known. If `path` is "", only loads the nets, and returns None. Raises NetError if a net cannot
+    be used.
     """
     task = msgspec.convert(arguments, Task)
+    if not task.path:
+        load_nets(task.models, task.settings.size)
+        return None
+    content, tags = identify(task)
+    if content in task.current:
+        return Answer(content=content)
     nets = load_nets(task.models, task.settings.size)
-    return extract(task, nets) if task.path else None
+    return Answer(content=content, film=extract(task, content, tags, nets))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from vidjax.apps.features_folder import Layout
+from vidjax.apps.video.media import Layout
 from vidjax.apps.video.tracks import measure_overlaps, pair_greedily
 
 # The width divided by the height of a half whose width, or height, was halved for the film.

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps import cards, features_folder
+from vidjax.apps import cards
 from vidjax.apps.cards import BackEnd, Card
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.backend import unit
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import align, people_photos
+from vidjax.apps.video import align, clip_inputs, media, photos
+from vidjax.apps.video.media import PEOPLE
 from vidjax.data.memory import load_people
 from vidjax.models import card_measure
 from vidjax.models.card_backend import LEAST_CLARITY
@@ -69,11 +70,14 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
-        found = people_photos.find_faces(people, out, models, workers, tell)
+        found = photos.read_folder(people, out, models, workers, tell)
         part = [*gallery.backend.widths].index("face")
-        for clip, entry in sorted(found.embed(gallery).items()):
-            x, vector = found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
-            person = x.face.person
+        clips = {x.track.clip for x in found.faces}
+        vectors = clip_inputs.embed_clips(gallery.backend, out / PEOPLE, clips)
+        vector_of = dict(zip(vectors.names, [*vectors.parts.values()][part], strict=True))
+        usable = (x for x in found.faces if vector_of[x.track.clip].any())
+        for x in sorted(usable, key=lambda x: (x.person, x.path)):
+            vector, person = vector_of[x.track.clip], x.person
             # A copy would be measured as the most similar face of another person.
             owner = owners.setdefault((x.photo.sha256, vector.tobytes()), person)
             if owner != person:
@@ -99,7 +103,7 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
         nets = gallery.origin.cards
         clips, person_of = load_people(path, widths, quality=quality, nets=nets)
         for folder in filter(Path.is_dir, path.iterdir()):
-            features_folder.check_models(folder, gallery.origin.cards)
+            media.check_models(folder, gallery.origin.cards)
         vectors = gallery.embed(clips)
         names = np.array([person_of[clip] for clip in vectors.names])
         given = {part: Samples(x, names, np.ones(len(x))) for part, x in vectors.parts.items()}

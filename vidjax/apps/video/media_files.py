@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vidjax.apps import features_folder
+from vidjax.apps.video import media
 from vidjax.data.checks import list_entries
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -80,7 +80,7 @@ def list_folders(path: Path, unreadable: Callable[[OSError], object] | None = No
     """
     folders = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
-        if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
+        if {media.NAME, media.RESULTS}.intersection(names):
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if name[0] != "."]
@@ -130,6 +130,7 @@ def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
     """Raises UserError if one of the input files `listed` is in `out`, the folder for results."""
-    inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
+    real = out.resolve()
+    inner = next((path for path in listed if path.parent.resolve() == real), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")

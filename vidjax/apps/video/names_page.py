@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlencode
 
-from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import FACE, Answer, rank_group
+from vidjax.apps.video.media import FaceTrack, MediaFile
 from vidjax.apps.video.naming import Appearance, format_certainty, format_percent, group_by_video
-from vidjax.apps.video.subtitles import format_span, format_tenths, format_time
+from vidjax.apps.video.subtitles import format_span, format_tenths
 from vidjax.utils.groups import group_by_key
+from vidjax.utils.messages import format_time
 from vidjax.utils.names import IGNORED, strip_accents
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ class Forms(NamedTuple):
     typed: str = ""  # the name that the user typed, if it was not accepted
     asked: bool = False  # whether `message` is a question
     similar: str = ""  # a person whose name is similar to `typed`
+    # Films that may take over the corrections of another film: (digest, a sentence about them).
+    offers: Sequence[tuple[str, str]] = ()
 
     @property
     def part(self) -> str:

@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import find_known
+from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.video.faces import Said
-from vidjax.apps.video.subtitles import format_time
+from vidjax.apps.video.media import Box, FaceTrack, MediaFile
+from vidjax.apps.video.said import Said
 from vidjax.utils.groups import group_by_key
+from vidjax.utils.messages import format_time
 
 TOLD = "told"  # the evidence for a clip that a user enrolled for a person or a stranger
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
@@ -116,7 +115,7 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
 class Tracks(NamedTuple):
     """Tracks, each of a person in a shot of a film, and the gallery of the known people."""
 
-    gallery: Gallery
+    state: State  # the gallery
     vectors: Vectors  # the embeddings of the tracks
     films: Sequence[MediaFile]
 
@@ -135,31 +134,28 @@ class NamedTracks(NamedTuple):
 
 def name_tracks(
     tracks: Tracks,
-    identify: Callable[..., Mapping[str, Answer]],
+    identify: Callable[[Vectors, Mapping[str, str] | None], Mapping[str, Answer]],
+    told: Mapping[str, str | None],
     votes: dict[str, str] | None = None,
     said: Said | None = None,
 ) -> NamedTracks:
     """Names tracks. A track is a person in a shot of a film, and is stored as a clip.
 
-    Similar tracks are grouped, and the tracks of a group vote on one name. An enrolled track gets
-    the name under which it is enrolled. A track does not get a name that a user denied. If only
-    unclear faces of a person are enrolled, no other track gets the name of this person.
+    Similar tracks are grouped, and the tracks of a group vote on one name. A track does not get a
+    name that a user denied. If only unclear faces of a person are enrolled, no other track gets the
+    name of this person.
 
-    `identify` is the method `gallery.identify`, with options such as `threshold` already set. If
-    `votes`, clip -> group, is given, the tracks are not grouped again. `said` are the names and
-    corrections that users gave to faces.
+    `identify` returns the answers of the gallery for clips and their groups. `told` is clip -> its
+    person, as a user said; None for a stranger. If `votes`, clip -> group, is given, the tracks are
+    not grouped again. `said` are the corrections of users.
     """
-    gallery, vectors, films = tracks
+    state, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
-    if gallery.identities:
-        clear = {x.clip: x.clarity for film in films for x in film.tracks if not x.unclear}
-        pairs = [pair for pair in pair_seen_together(films) if {*pair} <= clear.keys()]
-        gallery.check_apart(vectors, [(x, y, max(clear[x], clear[y])) for x, y in pairs])
+    if state.index.names:
         votes = votes or group_votes(tracks)
-        answers = _remove_unclear_names(identify(vectors, groups=votes), tracks)
-    told = find_known(gallery.state, vectors)
+        answers = _remove_unclear_names(identify(vectors, votes), tracks)
     ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored}
-    told = {clip: None for clip, yields in ignored.items() if not yields} | told
+    told = {clip: None for clip, yields in ignored.items() if not yields} | {**told}
     answers |= _deny(answers, said)
     for clip, name in told.items():
         answers[clip] = _tell(name)
@@ -170,6 +166,16 @@ def name_tracks(
         if settled[clip].identity is None:
             told[clip], settled[clip] = None, _tell(None)
     return NamedTracks(settled, told, votes, twins)
+
+
+def list_apart(films: Iterable[MediaFile]) -> list[tuple[str, str, float]]:
+    """Returns pairs of clear faces that are visible together: (clip, other clip, clarity).
+
+    The clarity is the clarity of the better face. The pairs are for `card_notes.check_apart`.
+    """
+    clear = {x.clip: x.clarity for film in films for x in film.tracks if not x.unclear}
+    pairs = (pair for pair in pair_seen_together(films) if {*pair} <= clear.keys())
+    return [(x, y, max(clear[x], clear[y])) for x, y in pairs]
 
 
 def _tell(name: str | None) -> Answer:
@@ -232,16 +238,17 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 def group_votes(tracks: Tracks) -> dict[str, str] | None:
     """Groups clips that seem to show the same person; returns clip -> group.
 
-    `Gallery.identify` gives all clips of a group the same name. If `tracks.gallery` was made from a
+    `Gallery.identify` gives all clips of a group the same name. If the gallery was made from a
     trained run, clips are not grouped, and the result is None.
     """
-    gallery, vectors, films = tracks
-    if not gallery.origin.cards:
+    state, vectors, films = tracks
+    if not state.origin.cards:
         return None
     # A face that is only a little unclear counts as clear, because other tracks of the group
     # correct a wrong name.
     clarity = dict.fromkeys(list_unclear(films), 0.0)
-    return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
+    apart = pair_seen_together(films)
+    return answers_lib.group(state, vectors, apart, clarity=clarity, for_votes=True)
 
 
 def group_unknown(
@@ -258,7 +265,7 @@ def group_unknown(
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     numbers of two different people. For `settled`, see `Gallery.group`.
     """
-    (gallery, vectors, films), together = tracks, together or {}
+    (state, vectors, films), together = tracks, together or {}
     unclear = list_unclear(films)
     faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
@@ -266,7 +273,9 @@ def group_unknown(
     pairs = pair_seen_together(films)
     of_number = {together[clip]: clip for clip in clear.names if clip in together}
     pairs += [(of_number[x], of_number[y]) for x, y in apart if {x, y} <= of_number.keys()]
-    groups = gallery.group(clear, pairs, clarity=clarity, together=together, settled=settled)
+    groups = answers_lib.group(
+        state, clear, pairs, clarity=clarity, together=together, settled=settled
+    )
     first = 1 + len(groups)
     place = {number: groups[clip] for number, clip in of_number.items()}
     for number, clip in enumerate(faces):
@@ -293,7 +302,7 @@ def _remove_unclear_names(answers: Mapping[str, Answer], tracks: Tracks) -> dict
     Such names are often wrong. When clear faces were compared with 47 unclear enrolled faces of
     women, only 27 % of the names were right.
     """
-    unclear, clips = list_unclear(tracks.films), tracks.gallery.clips
+    unclear, clips = list_unclear(tracks.films), tracks.state.clips
     clear = {entry.identity for clip, entry in clips.items() if clip not in unclear}
     clear.add(None)
     return {clip: x if x.identity in clear else _unname(x) for clip, x in answers.items()}

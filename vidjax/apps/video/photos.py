@@ -1,163 +1,723 @@
-"""Decodes a photo with Pillow. The photo may be malicious.
+"""Finds the photos of people, checks them, and turns folders and face tags into statements.
 
-Call this module only in a child process with limits, see `vidjax.utils.processes`.
+A statement says that a face in a photo shows a person, see `photo` and `gone` in `log`. A photo is
+what it shows: the digest of its picture, not its path, identifies it.
 """
 
 import contextlib
-import io
+import itertools
+import os
 import re
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from vidjax.apps.gallery import card_notes
+from vidjax.apps.gallery.changes import Draft, check_person
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import advise_other_films
+from vidjax.apps.gallery.store import State, StoredClip
+from vidjax.apps.gallery.vectors import select_usable_clips
+from vidjax.apps.video import clip_inputs, digests, doubts, log, media, media_files
+from vidjax.apps.video.log import STRANGERS, Line
+from vidjax.apps.video.media import PEOPLE, FaceTrack, MediaFile
+from vidjax.apps.video.pipeline import FileOutcome, extract_folders
+from vidjax.apps.video.said import Said, is_photo
+from vidjax.data.checks import list_entries
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
+from vidjax.utils.messages import Note, Tell
+from vidjax.utils.names import normal_form, show
+from vidjax.utils.terminal import Progress
 
-from vidjax.apps.video import decode
-from vidjax.utils import files
-from vidjax.utils.errors import UserError, require_packages
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "GIF", "PPM", "AVIF"]
-# The first bytes of a photo -> FFmpeg's decoder, and the bytes before and after its pixels.
-PIXELS = {
-    b"\xff\xd8\xff": ("mjpeg", b"\xff\xda", b"\xff\xd9"), b"\x89PNG": ("png", b"IDAT", b"IEND"),
-}  # fmt: skip
-HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # the first bytes
-ORIENTATION = 0x112  # the EXIF tag
-# How Pillow turns a picture upright, for each EXIF orientation.
-TURNS = {
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-    7: "TRANSVERSE", 8: "ROTATE_90",
-}  # fmt: skip
-
-
-class Photo(NamedTuple):
-    """A decoded photo."""
-
-    rgb: np.ndarray  # uint8 [H, W, 3] in sRGB, upright
-    orientation: int  # the EXIF orientation of the stored picture, 1 to 8
+# The flags of `vidjax who` and of other commands that name the folder of photos.
+WHO_FLAG, PHOTOS_FLAG = "--people", "--photos"
+MISFIT_REMEDY = "this photo is not used. Tag its faces again"
 
 
-def read_photo(path: Path) -> Photo | None:
-    """Reads a photo, or the first picture of an animation. Returns None if it may be a film.
+class FoundFace(NamedTuple):
+    """A face in a photo of a person."""
 
-    Photos may be JPEG, PNG, WebP, BMP, TIFF, JPEG 2000, GIF, PPM, AVIF or HEIC. Large JPEG photos
-    are reduced. Colours are converted to sRGB, and transparent parts are white.
+    clip: str  # such as `people/0123456789abcdef.f02`
+    person: str  # the name in the face tag, or the name of the folder
+    folder: str  # the name of the folder, or of a photo outside of folders
+    path: Path  # of the photo
+    photo: MediaFile
+    track: FaceTrack
 
-    Raises:
-      UserError: `path` is not a regular file, the photo is damaged or too large, or a package is
-        not installed.
+
+class FoundPhotos(NamedTuple):
+    """The photos of people in a folder, after all problems of photos were reported."""
+
+    outcomes: Mapping[str, Sequence[FileOutcome]]  # name of a folder -> photos
+    faces: Sequence[FoundFace]  # the usable faces
+    failed: dict[str, str]  # path of each unusable photo -> remedy
+    names: set[str]  # all people
+
+    def list_mirrored(self) -> list[float]:
+        """Returns the cosine similarity of each usable face and its mirror image.
+
+        This is the cosine of their embeddings. Faces whose cosine is not known are left out.
+        """
+        cosines = (face.track.mirrored for face in self.faces)
+        return [cosine for cosine in cosines if cosine is not None]
+
+
+def _list_stills(folder: Path) -> list[Path]:
+    """Returns the photos and films in a folder, without short films that phones save with photos.
+
+    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
     """
-    require_packages(f"'{path}', a video or photo,", "PIL", "av", extra="video")
-    from PIL import Image, UnidentifiedImageError
+    paths = media_files.split_files(folder)[0]
+    photos = {path for path in paths if path.suffix.lower() in media_files.PHOTOS}
+    stems = {path.stem for path in photos}
+    lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
+    return [path for path in paths if path in photos or path.stem not in stems] + lost
 
-    Image.MAX_IMAGE_PIXELS = None  # `_reduce` checks the size
-    formats = FORMATS
-    with files.open_input(path) as stored_file:
-        file: io.RawIOBase | io.BytesIO = stored_file
-        first = stored_file.read(12)
-        for begin in PIXELS:
-            if first.startswith(begin):
-                file = _check_pixel_data(path, first + stored_file.read(), *PIXELS[begin])
-        if HEIC.match(first):
-            require_packages(f"'{path}', a photo in HEIC,", "pillow_heif", extra="video")
-            import pillow_heif
 
-            pillow_heif.register_heif_opener()
-            formats = ["HEIF"]
+def _is_lost_photo(path: Path) -> bool:
+    """Returns whether a path is a link to a photo that is missing, for example on another drive."""
+    return path.suffix.lower() in media_files.PHOTOS and not os.path.exists(path)
+
+
+def list_photos(people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+
+    `out` is the folder of results. `flag` is the flag for the folder of photos, for messages. A
+    folder whose name cannot be the name of a person raises UserError. So does a folder without
+    photos, if `out` has no earlier results.
+    """
+    is_known = log.has_log(out)
+    if not os.path.isdir(people):
+        if not os.path.exists(people) and is_known:
+            return {}
+        raise refuse(people, flag)
+    if out.resolve().parent == people.resolve():
+        raise UserError(
+            f"--out={out} is inside {flag}={people}, where each folder is a person\n"
+            f"choose a folder outside '{people}' for --out, or another folder for {flag}"
+        )
+    photos_of: dict[str, list[Path]] = {}
+    for note in media_files.describe_left_out([people]):
+        tell(note)
+    single = media_files.split_files(people)[0]
+    for path in list_entries(people):
+        if (is_file := files.is_file(path)) and path not in single:
+            continue
+        photos = [path] if is_file or _is_lost_photo(path) else []
+        if path.is_dir():
+            photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
+        if not photos and path.name == STRANGERS:
+            continue
+        if not photos:
+            place = show(str(path))
+            tell(Note(f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"))
+            continue
         try:
-            with Image.open(file, formats=formats) as photo:
-                _reduce(path, photo)
-                stored = photo.info.get("original_orientation") or _read_orientation(photo)
-                photo.load()
-                turn = _read_orientation(photo)  # 1 if Pillow has turned the photo
-                rgb = _convert_to_srgb(photo)
-                rgb = rgb.transpose(Image.Transpose[TURNS[turn]]) if turn in TURNS else rgb
-                return Photo(np.asarray(rgb), stored if stored in TURNS else 1)
-        except UnidentifiedImageError:
-            if formats is FORMATS:
-                return None
-            raise UserError(f"'{path}' is a damaged photo\ncopy the photo again") from None
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # the libraries raise many types of errors
-            raise UserError(
-                f"'{path}' is a damaged photo: {str(error)[:100]}\ncopy the photo again"
-            ) from error
+            name = check_person(path.name if path.is_dir() else path.stem)
+        except UserError as error:
+            problem = str(error).partition("\n")[0]
+            kind = "folder" if path.is_dir() else "photo"
+            raise UserError(f"'{show(str(path))}': {problem}\nrename the {kind}") from None
+        photos_of.setdefault(name, []).extend(photos)
+    if not photos_of and not is_known:
+        raise UserError(
+            f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
+        )
+    return photos_of
 
 
-def _check_pixel_data(
-    path: Path, content: bytes, codec: str, begin: bytes, end: bytes
-) -> io.BytesIO:
-    """Checks the pixels in `content`, a JPEG or PNG photo; returns the photo as a binary file.
+def refuse(people: Path, flag: str = WHO_FLAG) -> UserError:
+    """Returns the error for a folder of photos that is missing or is a file."""
+    hint = "" if os.path.exists(people) else messages.suggest_path(people)
+    if files.is_file(people):
+        one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
+        return UserError(
+            f"{flag}={people} is a file, not a folder: use its folder, {flag}={one}\n"
+            f"if this is the folder of one person, use the folder above: {flag}={all_}"
+        )
+    return UserError(
+        f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
+    )
 
-    If a JPEG photo lacks only its end marker, the marker is added. Raises UserError if the pixels
-    are damaged, which Pillow would not report. A photo with more than `decode.MOST_PIXELS` pixels,
-    or in a form that FFmpeg cannot decode, is not checked. The other arguments are a value of
-    PIXELS.
+
+def check_folder(
+    people: Path, photos: Mapping[str, Sequence[Path]], out: Path, said: Said, forget_missing: bool
+) -> None:
+    """Raises UserError if the folder of photos seems to be a wrong folder.
+
+    It seems wrong if it has photos, but neither the name nor a photo of a known person. If
+    `forget_missing` is True, it seems wrong only if it is missing, or is the folder of one person,
+    such as `people/Ada`.
     """
-    import av
-    from av.error import ExternalError, FFmpegError, InvalidDataError
+    statements = [x for of in said.photos.values() for x in of.values()]
+    before = {x.name for x in statements}
+    before |= {said.call(x.person) for x in statements if x.person}
+    before -= {"", STRANGERS}
+    if not os.path.isdir(people) and (forget_missing or not before):
+        raise refuse(people)
+    if not photos or before & {*photos}:
+        return
+    is_person = normal_form(people.resolve().name) in before
+    # If a single person is missing, the person is kept or replaced.
+    if not is_person and (forget_missing or len(before) < 2):
+        return
+    known = {x.sha256 for x in media.describe_media_files(out / PEOPLE).values()}
+    paths = filter(os.path.exists, itertools.chain(*photos.values()))
+    if not is_person and any(digests.digest_photo(path) in known for path in paths):
+        return
+    remedy = "to forget them, add --forget-missing; to keep them, name another --out"
+    if is_person:
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
+        remedy = f"it is the folder of one person: name the folder above, --people={above}"
+    names = messages.list_some([*map(show, sorted(before))])
+    raise UserError(
+        f"nothing in '{people}' has the name of a person from earlier runs ({names})\n{remedy}"
+    )
 
-    decoder = av.VideoCodecContext.create(codec, "r")
-    assert isinstance(decoder, av.VideoCodecContext)
-    decoder.options = {"max_pixels": str(decode.MOST_PIXELS)}
-    if codec == "mjpeg":  # by default, FFmpeg fills damaged parts of a JPEG photo with grey
-        decoder.options |= {"err_detect": "explode"}
-    decoder.thread_count = 1
-    problem, is_checked = "", True
-    try:
-        decoder.decode(av.Packet(content))
-    except (ExternalError, InvalidDataError):
-        problem = "its pixels cannot be decoded"
-    except FFmpegError:
-        is_checked = False
-    if end not in content[content.rfind(begin) :]:
-        if content.endswith(bytes(16)):  # the end of the file was not copied
-            problem = problem or "its end is missing"
-        elif is_checked and codec == "mjpeg":  # some programs leave out only the last mark
-            content += end
-    if problem:
-        raise UserError(f"'{path}' is a damaged photo: {problem}\ncopy the photo again")
-    return io.BytesIO(content)
 
+def extract(
+    photos: Mapping[str, Sequence[Path]],
+    out: Path,
+    tell: Tell,
+    **options: Any,  # noqa: ANN401
+) -> dict[str, list[FileOutcome]]:
+    """Extracts features of photos into `OUT/people`; returns name of a folder -> outcomes.
 
-def _reduce(path: Path, photo: "Image") -> None:
-    """Makes Pillow shrink a photo with more than `decode.MOST_PIXELS` pixels while it is read.
-
-    This works only for JPEG photos. Raises UserError if the photo stays above MOST_PIXELS.
+    `options` are arguments of `extract_folders`.
     """
-    sides = np.array(photo.size)
-    factor = next((n for n in (1, 2, 4) if np.ceil(sides / n).prod() <= decode.MOST_PIXELS), 1)
-    if factor > 1:
-        photo.draft(None, (photo.width // factor, photo.height // factor))
-    decode.check_pixels(path, *photo.size)
+    if not photos:
+        return {}
+    place = out / PEOPLE
+    place.mkdir(exist_ok=True)
+    files.hide(place)
+    paths = [*itertools.chain(*photos.values())]
+    outcomes = extract_folders({place: paths}, tagged=True, tell=tell, **options)[place]
+    outcome_of = {os.path.realpath(x.path): x for x in outcomes}
+    return {
+        name: [outcome_of[os.path.realpath(path)]._replace(path=path) for path in of]
+        for name, of in photos.items()
+    }  # fmt: skip
 
 
-def _read_orientation(photo: "Image") -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8, or 1 if it is missing."""
-    with contextlib.suppress(Exception):  # a photo with damaged metadata is still a photo
-        return photo.getexif().get(ORIENTATION, 1)
-    return 1
+def find_faces(
+    people: Path,
+    outcomes: Mapping[str, Sequence[FileOutcome]],
+    known: Collection[str],
+    tell: Tell,
+    flag: str = WHO_FLAG,
+) -> FoundPhotos:
+    """Finds the usable faces in photos, and reports problems of photos.
+
+    If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
+    has no tags, its face gets the name of the folder. `known` are the people of earlier photos.
+    """
+    found = FoundPhotos(outcomes, [], {}, set())
+    faces, single = list[FoundFace](), list[str]()
+    notes = list[str]()
+    for folder, of in outcomes.items():
+        names = set[str]()
+        tags = {name for outcome in of if outcome.known for name in outcome.known.tags}
+        for outcome in of:
+            named, clips, problems = _check_photo(folder, outcome)
+            notes += problems
+            names |= named
+            photo = outcome.known
+            for track in photo.tracks if photo else ():
+                if photo and track.clip in clips:
+                    person, clip = track.name or folder, f"{PEOPLE}/{track.clip}"
+                    faces.append(FoundFace(clip, person, folder, outcome.path, photo, track))
+            if not (clips and outcome.media):
+                found.failed[str(outcome.path)] = outcome.remedy
+        # A folder of photos in which other people are tagged is not a person.
+        shown = {face.person for face in faces}
+        if tags and folder not in {*tags, *shown, *known}:
+            names.discard(folder)
+        found.names.update(names)
+        if of[0].path.parent == people:
+            single.append(folder)
+        notes += _describe_foreign_tags(people, folder, of)
+    faces, poor = _leave_out_poor(faces)
+    single = [name for name in single if name in found.names]
+    only_files = len(single) == len(outcomes) and not known
+    for text in (*notes, *poor, *_describe_numbers(people, flag, single, only_files)):
+        tell(Note(text))
+    return found._replace(faces=faces)
 
 
-def _convert_to_srgb(photo: "Image") -> "Image":
-    """Converts a photo in any colours to sRGB. A colour profile that does not fit is ignored."""
-    from PIL import Image, ImageCms
+def _check_photo(folder: str, outcome: FileOutcome) -> tuple[set[str], set[str], list[str]]:
+    """Returns the names of the people in a photo, the clips of its usable faces, and problems.
 
-    profile = photo.info.get("icc_profile")
-    if photo.mode.startswith("I"):  # 16 bits
-        photo = Image.fromarray((np.asarray(photo).clip(0, 65_535) // 257).astype(np.uint8))
-    if photo.has_transparency_data:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    if photo.mode not in ("L", "RGB", "CMYK"):
-        photo = photo.convert("RGB")
-    if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):
-                srgb = ImageCms.createProfile("sRGB")
-                photo = ImageCms.profileToProfile(photo, source, srgb, outputMode="RGB") or photo
-    return photo.convert("RGB")
+    With face tags, the result is all names in the tags, and the faces at the tags. Without face
+    tags, it is `folder`, the name of the folder, and the face if there is only one.
+    """
+    photo, names, clips, problems = outcome.known, {folder}, set[str](), [outcome.error]
+    if photo and photo.tags:
+        names, clips = photo.tags, {str(track.clip) for track in photo.tracks if track.name}
+        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
+        if not photo.misfit:
+            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
+    elif photo:
+        clip, problem = media.check_photo(photo)
+        clips |= {clip} if clip else set()
+        problems += [photo.bad_tags, "" if clip else problem]
+    place = str(outcome.path)
+    return names, clips, [x if place in x else f"{place}: {x}" for x in problems if x]
+
+
+def _leave_out_poor(faces: Sequence[FoundFace]) -> tuple[list[FoundFace], list[str]]:
+    """Leaves out faces with sunglasses if the person has a better photo.
+
+    Returns the other faces, and a warning for each face with sunglasses or low quality.
+    """
+    problem_of = {x.clip: text for x in faces if (text := media.check_face(x.track))}
+    good = {x.person for x in faces if x.clip not in problem_of}
+    kept, texts = list[FoundFace](), list[str]()
+    for x in sorted(faces):
+        problem = problem_of.get(x.clip, "")
+        text = f"{x.path}: {show(x.person)}: {problem}" if x.track.name else f"{x.path}: {problem}"
+        if x.track.dark_eyes and x.person in good and problem:
+            text += f"; it is left out, because {show(x.person)} has better photos"
+        else:
+            kept.append(x)
+        texts += [text] * bool(problem)
+    return kept, texts
+
+
+def _describe_foreign_tags(
+    people: Path, name: str, outcomes: Sequence[FileOutcome]
+) -> Iterator[str]:
+    """Yields a warning if new photos in the folder of `name` have tags, but none of `name`."""
+    new = [
+        (outcome.path, outcome.media.tags) for outcome in outcomes
+        if outcome.media and not (outcome.kept or outcome.media.misfit)
+        and outcome.path.parent != people
+    ]  # fmt: skip
+    if foreign := [(path, names) for path, names in new if names and name not in names]:
+        path, names = foreign[0]
+        tagged = messages.list_some([*map(show, sorted(names))], 3)
+        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
+        used = f"not {show(name)}: the tags are used{more}"
+        yield f"the face tags in {path} name {tagged}, {used}"
+
+
+def _describe_numbers(
+    people: Path, flag: str, names: Sequence[str], only_files: bool
+) -> Iterator[str]:
+    """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg may show one person.
+
+    `names` are the names of people from files outside of folders, such as Ada_1. `only_files` is
+    True if there are no folders, so that all files may show one person.
+    """
+    if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
+        examples = " and ".join(map(show, names[:2]))
+        yield (
+            f"photos lie directly in '{people}', so each counts as a different person, such as "
+            f"{examples}. If all show the same person, name the folder above: {flag}={above}"
+        )
+        return
+    numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
+    for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
+        if len(twins) > 1:
+            yield (
+                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the "
+                f"same person, put the photos into '{people}/{show(name)}/'"
+            )
+
+
+# ---- statements about photos
+
+
+class Statements(NamedTuple):
+    """What the folders and face tags of photos say, compared with the log."""
+
+    lines: list[Line]  # new lines about people
+    person_of: dict[tuple[str, str], str | None]  # (clip, name of folder or tag) -> person
+    unused: dict[str, str]  # clip that names nobody -> why, for the user
+    notes: list[Note]
+
+
+def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
+    """Finds the person of each photo, from the name of its folder or face tag.
+
+    A new photo in a folder belongs to the person of the other photos in this folder; else to the
+    person to whom it belonged before it was deleted from this folder, if this person still has a
+    name; else to the person who has this name now; else to a new person. If a folder was renamed,
+    its person gets the new name. If the photos of a folder have two people, or if a photo is in the
+    folders of two people, it names nobody.
+    """
+    found = Statements([], {}, {}, [])
+    before = {x.clip: said.photos.get(x.clip, {}) for x in faces}
+    kept = {x.person for x in faces if x.person in before[x.clip]}
+    renamed = dict[str, str]()  # person -> new name
+    came_of, clips_of = dict[str, list[str]](), group_by_key((x.person, x.clip) for x in faces)
+    for name, clips in clips_of.items():
+        old = {
+            said.find_root(x.person): None for clip in clips for x in before[clip].values()
+            if x.person and x.name not in kept
+        }  # fmt: skip
+        came_of[name] = [*old]
+    for name, clips in clips_of.items():
+        statements = [before[clip][name] for clip in clips if name in before[clip]]
+        here = [*dict.fromkeys(x.person and said.find_root(x.person) for x in statements)]
+        owners = [x for x in came_of if {*came_of[x]} & {*came_of[name]}]
+        if name == STRANGERS:
+            here = [None]
+        elif not here and len(came_of[name]) == 1 and len(owners) == 1:
+            here = came_of[name]
+            renamed[str(here[0])] = name
+        elif not here and len(came_of[name]) > 1:
+            here = came_of[name]
+        found.person_of.update({(clip, name): person for clip in clips for person in here[:1]})
+        if len(here) > 1:
+            _leave_out_folder(found, name, clips, before, said)
+    for name, clips in clips_of.items():
+        if (clips[0], name) not in found.person_of:
+            films = [x.photo.sha256 for x in faces if x.person == name]
+            past = {said.find_root(said.photo_of.get((film, name), "")) for film in films}
+            past = {*filter(said.call, past)}
+            people = [*(past if len(past) == 1 else ()), *said.find_people(name)]
+            people = [x for x in people if x not in renamed]
+            person = people[0] if people else log.make_key()
+            found.person_of.update(dict.fromkeys(((clip, name) for clip in clips), person))
+            found.lines.extend([Line(says="person", person=person, name=name)] * (not people))
+    for person, name in renamed.items():
+        _rename(found, person, name, renamed, said)
+    _describe_split(found, came_of, said, out)
+    for clip, names in group_by_key((x.clip, x.person) for x in faces).items():
+        people = {found.person_of[clip, name] for name in names}
+        if len(people) > 1:
+            found.unused[clip] = "twin"
+    return found
+
+
+def _leave_out_folder(
+    found: Statements,
+    name: str,
+    clips: Sequence[str],
+    before: Mapping[str, Mapping[str, Any]],
+    said: Said,
+) -> None:
+    """Notes that the photos in a folder name nobody, because they belong to several people."""
+    people = dict[str, None]()
+    for clip in clips:
+        for x in (x for x in before[clip].values() if x.person):
+            found.person_of[clip, name] = person = said.find_root(x.person)
+            people[said.call(person)] = None
+        found.unused[clip] = "folder"
+    text = f"the photos in the folder {show(name)} were photos of "
+    text += f"{messages.list_some([*map(show, people)])}, so they are not used\n"
+    found.notes.append(Note(text + "move the photos of each person into a folder of this person"))
+
+
+def _rename(
+    found: Statements, person: str, name: str, renamed: Mapping[str, str], said: Said
+) -> None:
+    """Gives a person the new name of the folder of the person's photos."""
+    old = said.call(person)
+    others = [x for x in said.find_people(name) if x not in renamed]
+    # If another person has this name now, the photos show this person.
+    found.lines.extend(Line(says="merge", person=person, other=other) for other in others[:1])
+    # The line is needed also for an equal name: a user may undo the step that gave this name.
+    found.lines.append(Line(says="person", person=person, name=name))
+    if old == name:
+        return
+    text = f"all photos of {show(old)} now belong to {show(name)}"
+    if count := len([*said.list_named(old)]):
+        text += f". {messages.count(count, 'face')} that you named {show(old)} got the name "
+        text += show(name)
+    found.notes.append(Note(text, warning=False))
+
+
+def _describe_split(
+    found: Statements, came_of: Mapping[str, Sequence[str]], said: Said, out: Path
+) -> None:
+    """Notes whose photos went to the folders of several people: typed names stay as they are."""
+    for person, names in group_by_key(
+        (x, name) for name, of in came_of.items() for x in of
+    ).items():
+        old = said.call(person)
+        if len(names) > 1 and (count := len(said.list_named(old))):
+            others = messages.list_some([*map(show, sorted(names))])
+            faces, folder = messages.count(count, "face"), shlex.quote(str(out))
+            found.notes.append(Note(
+                f"the photos of {show(old)} now belong to {others}. {faces} that you named "
+                f"{show(old)} kept this name\nto change this name: vidjax review {folder}"
+            ))  # fmt: skip
+
+
+def list_statements(
+    faces: Sequence[FoundFace], found: Statements, unused: Collection[str], said: Said
+) -> list[Line]:
+    """Returns the new lines of the log about photos. `unused` are clips of doubtful photos."""
+    lines, keys = [*found.lines], dict[tuple[str, str], str]()
+    # People who were joined may be divided again. So a photo keeps its own key of the person, and
+    # a new photo gets the key of the other photos in its folder.
+    for x in faces:
+        for old in filter(lambda old: old.person, said.photos.get(x.clip, {}).values()):
+            for place in (x.clip, x.person):
+                keys.setdefault((place, said.find_root(str(old.person))), str(old.person))
+    for x in faces:
+        person, old = found.person_of[x.clip, x.person], said.photos.get(x.clip, {}).get(x.person)
+        face, is_unused = x.photo.faces.get(x.track.clip), x.clip in unused
+        before = (old.person and said.find_root(old.person), old.unused) if old else None
+        if face and before != (person, is_unused):
+            own = (keys.get((place, str(person))) for place in (x.clip, x.person))
+            values = {"person": next(filter(None, own), person), "name": x.person}
+            values["unused"] = is_unused
+            lines.append(log.about(face, "photo", video=x.photo.video, **values))
+    return lines
+
+
+class Absent(NamedTuple):
+    """Statements about photos that are no longer in the folder of photos."""
+
+    gone: list[Line]  # lines that take the statements back
+    missing: dict[str, str]  # person with photos that may be on another drive -> name
+
+
+def find_absent(
+    people: Path, found: FoundPhotos, media: Iterable[MediaFile], said: Said, forget_missing: bool
+) -> Absent:
+    """Finds photos that were deleted or moved, and photos that may be on another drive.
+
+    A photo was deleted if the folder of photos still shows another file that vidjax knows, or if
+    another photo is at its place. If `forget_missing` is True, all photos that cannot be found were
+    deleted. `media` are the descriptions of all photos of people.
+    """
+    statements = [x for of in said.photos.values() for x in of.values()]
+    outcomes = [(folder, x) for folder, of in found.outcomes.items() for x in of]
+    stated = {x.line.film for x in statements}
+    is_shown = any(x.known and (x.kept or x.known.sha256 in stated) for _, x in outcomes)
+    seen = {
+        (x.known.sha256, name) for folder, x in outcomes if x.known
+        for name in (x.known.tags or {folder})
+    }  # fmt: skip
+    # Statements of photos whose tags cannot be read, and of folders with unknown files, stay.
+    unsure = {x.known.sha256 for _, x in outcomes if x.known and x.known.bad_tags}
+    unread = {folder for folder, x in outcomes if not x.known and not os.path.exists(x.path)}
+    unread |= {path.name for path in _list_broken(people)}
+    places = {os.path.realpath(x.path) for _, x in outcomes if x.media}
+    source_of = {x.sha256: x.source.path for x in media}
+    absent, gone = Absent([], {}), dict[Line, None]()
+    for x in statements:
+        film = str(x.line.film)
+        if (film, x.name) in seen or film in unsure:
+            continue
+        path = source_of.get(film)
+        is_replaced = path is not None and str(path) in places
+        waits = x.name in unread or (path is not None and not _is_deleted(path))
+        if forget_missing or is_replaced or (is_shown and not waits):
+            gone[Line(says="gone", film=film, name=x.name)] = None
+        elif x.person:
+            absent.missing[said.find_root(x.person)] = x.name
+    absent.gone.extend(gone)
+    return absent
+
+
+def _list_broken(people: Path) -> list[Path]:
+    """Returns the links in the folder of photos whose targets are missing."""
+    entries = list_entries(people) if os.path.isdir(people) else []
+    return [path for path in entries if path.is_symlink() and not path.exists()]
+
+
+def _is_deleted(path: Path) -> bool:
+    """Returns False if a photo may exist elsewhere, for example only in the cloud."""
+    return media_files.is_missing(path) or os.path.exists(path)
+
+
+# ---- doubtful photos
+
+
+class Doubtful(NamedTuple):
+    """Photos that may show a wrong person."""
+
+    unused: set[str]  # clips of photos that must not be used
+    notes: list[str]
+    is_alike: bool  # whether photos with different names seem to show the same person
+
+
+def find_doubtful(
+    state: State, faces: Sequence[tuple[str, FoundFace]], twins: Collection[str], people: Path
+) -> Doubtful:
+    """Finds photos that may show a wrong person.
+
+    `state` is a gallery in which the photos are enrolled; `faces` are the faces with their names in
+    this gallery. `twins` are names of faces in photos that are in the folders of two people. All
+    photos of a person are left out if some seem to show another person, but it is unclear which
+    photos.
+    """
+    path_of = {clip: x.path for clip, x in faces}
+    doubtful, unused, texts = doubts.Doubts({}, {}, []), set(twins), list[str]()
+    if card_notes.compare(state).problem != "blind":
+        doubtful = doubts.find_doubtful_photos(state, twins)
+
+    def locate(clip: str) -> str:
+        path = path_of.get(clip, Path(clip))
+        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
+
+    names_of = group_by_key((x.clip, x.person) for clip, x in faces if clip in twins)
+    for clip, x in sorted(faces, key=lambda pair: pair[1].path):
+        if clip in twins:
+            others = ", ".join(map(show, sorted({*names_of[x.clip]} - {x.person})))
+            about = f"{x.path} is also a photo of {others}, so it is not used: delete the wrong"
+            texts.append(f"{about} copy")
+        elif clip in doubtful.photos and clip in state.clips:
+            name, like = show(str(state.clips[clip].identity)), doubtful.photos[clip]
+            seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
+            wrong = "correct its tag" if x.photo.tags else "move it"
+            about = f"{x.path} counts as a photo of {name}, but {seems}"
+            texts.append(f"{about}: {wrong} if it shows another person")
+    for name, sides in doubtful.mixed.items():
+        # Other sides have only clips of films, to which a user gave this name.
+        own = [side for side in sides if not path_of.keys().isdisjoint(side.photos)]
+        if len(own) < 2:
+            continue
+        unused |= {x for side in own for x in side.photos} & path_of.keys()
+        number = "two" if len(own) == 2 else f"{len(own):,}"
+        parts = [
+            messages.list_some(sorted(map(locate, side.photos)), 3)
+            + (f" (like {show(side.like)})" if side.like else "")
+            for side in own[:3]
+        ] + ["..."] * (len(own) > 3)
+        texts.append(
+            f"the photos of {show(name)} show {number} people: {' / '.join(parts)}\n"
+            f"these photos are not used: move the photos that do not show {show(name)}"
+        )
+    missing = {*filter(is_photo, state.clips)} - path_of.keys()
+    alike = [sorted(pair, key=locate) for pair in doubtful.alike if missing.isdisjoint(pair)]
+    for first, second in alike:
+        names = " and ".join(show(str(state.clips[clip].identity)) for clip in (first, second))
+        texts.append(
+            f"{locate(first)} and {locate(second)} count as photos of {names}, but seem to "
+            "show one person: move the wrong photo"
+        )
+    likes = [*doubtful.photos.values()]
+    likes += [side.like for sides in doubtful.mixed.values() for side in sides]
+    return Doubtful(unused, texts, bool(twins or alike or any(likes)))
+
+
+# ---- photos for other galleries
+
+
+def read_folder(people: Path, out: Path, models: Path, workers: int, tell: Tell) -> FoundPhotos:
+    """Finds the faces in `people/NAME/PHOTO.jpg`, and writes their features to `out/people`.
+
+    `models` is the folder of nets, and `workers` the number of processes. `tell` is called with
+    each problem of a photo.
+    """
+    photos = list_photos(people, out, tell, PHOTOS_FLAG)
+    total = sum(map(len, photos.values()))
+    bar = Progress(total, unit="photo", label="photos", leave=False)
+    with contextlib.closing(bar):
+        done = lambda _: bar.advance(1)  # noqa: E731
+        outcomes = extract(photos, out, tell, models=models, workers=workers, done=done)
+    return find_faces(people, outcomes, (), tell, PHOTOS_FLAG)
+
+
+class PhotoEnrolment(NamedTuple):
+    """How many faces `enrol_folder` has enrolled, and which photos it could not use."""
+
+    enrolled: int  # the number of new faces
+    unchanged: int  # the number of faces that were enrolled before
+    failed: dict[str, str]  # path of a photo that is not enrolled -> remedy, or ""
+
+
+def enrol_folder(
+    gallery: Gallery, people: Path, models: Path, workers: int, tell: Tell
+) -> PhotoEnrolment:
+    """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery.
+
+    Faces that are already enrolled stay as they are, even if a user renamed their person. New
+    photos of a renamed person get the new name. `models` is the folder of nets.
+    """
+    with files.scratch_folder() as out:
+        found = read_folder(people, out, models, workers, tell)
+        clips = [x.track.clip for x in found.faces]
+        vectors = clip_inputs.embed_clips(gallery.backend, out / PEOPLE, clips)
+        vector_of = {clip: x.vector for clip, x in select_usable_clips(vectors).items()}
+    names = _name_clips(found.faces)
+    faces = {names[x.clip, x.person]: x for x in found.faces if x.track.clip in vector_of}
+    owners = group_by_key((x.clip, clip) for clip, x in faces.items())
+    twins = {clip for clips in owners.values() if len(clips) > 1 for clip in clips}
+    with gallery.change() as draft:
+        before = group_by_key(
+            (x.person, label) for clip, x in faces.items()
+            if (label := clip in draft.clips and draft.clips[clip].identity)
+        )  # fmt: skip
+        labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
+        entries = {
+            clip: StoredClip(labels[x.person], vector_of[x.track.clip])
+            for clip, x in faces.items()
+        }  # fmt: skip
+        new, unchanged = _add(draft, entries, faces, found, tell)
+        state = card_notes.judge(draft.finish()[0], found.list_mirrored())
+        doubtful = find_doubtful(state, [*faces.items()], twins, people)
+        left = faces.keys() & doubtful.unused
+        draft.remove(clip=left & draft.clips.keys())
+        new, unchanged = new - left, unchanged - left
+    lost = map(show, sorted(x for x in found.names if labels[x] not in gallery))
+    for x in lost:
+        tell(Note(f"{x} cannot be recognised: no photo of {x} can be used"))
+    if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
+        with gallery.change() as draft:
+            card_notes.check_mirrored(draft, found.list_mirrored())
+    advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
+    for text in doubtful.notes:
+        tell(Note(text))
+    return PhotoEnrolment(len(new), len(unchanged), found.failed)
+
+
+def _add(
+    draft: Draft,
+    entries: Mapping[str, StoredClip],
+    faces: Mapping[str, FoundFace],
+    found: FoundPhotos,
+    tell: Tell,
+) -> tuple[set[str], set[str]]:
+    """Adds clips to a gallery; returns the new clips, and the clips that are there already.
+
+    If the gallery refuses a clip, the photo is added to `found.failed`.
+    """
+    unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
+    new = set[str]()
+    for clip in sorted(entries.keys() - unchanged):
+        try:
+            draft.add({clip: entries[clip]})
+            new.add(clip)
+        except UserError as error:
+            path = faces[clip].path
+            problem, _, found.failed[str(path)] = str(error).partition("\n")
+            tell(Note(f"{path}: {problem}"))
+    return new, unchanged
+
+
+def _name_clips(faces: Iterable[FoundFace]) -> dict[tuple[str, str], str]:
+    """Returns (clip, person) -> name of the face in a gallery, such as `Ada/IMG_1.f02`."""
+    names, taken = dict[tuple[str, str], str](), set[str]()
+    for x in faces:
+        _, dot, number = x.track.clip.partition(".")
+        stem = media.make_stem(x.path)
+        name = f"{x.folder}/{stem}{dot}{number}"
+        if name in taken:
+            name = f"{x.folder}/{stem}~{x.photo.sha256[:8]}{dot}{number}"
+        if (x.clip, x.person) not in names:
+            names[x.clip, x.person] = name
+            taken.add(name)
+    return names
+
+
+def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
+    """Returns the name under which new photos of the person `name` are enrolled.
+
+    `labels` has a name for each enrolled photo of the person. It differs from `name` if a user has
+    renamed the person. Returns the most frequent label, or `name` if `labels` is empty. A label of
+    another person in `names` is returned only if there is no other label.
+    """
+    count = Counter(labels)
+    order = [(label != name and label in names, -count[label], label) for label in count]
+    return min(order)[-1] if order else name

@@ -1,10 +1,12 @@
 """Extracts features from many videos and photos in parallel.
 
-A file is not read again if neither the file nor the nets nor the settings have changed.
+A file is not read again if neither what it shows nor the nets nor the settings have changed. The
+module `places` knows which film is where.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import sys
@@ -17,10 +19,17 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from vidjax.apps import cards as cards_lib, features_folder
-from vidjax.apps.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
-from vidjax.apps.video import film as film_lib, media_files, regions
-from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
+from vidjax.apps import cards as cards_lib
+from vidjax.apps.video import digests, film as film_lib, media, media_files, regions
+from vidjax.apps.video.media import (
+    THUMBNAILS,
+    VIDEOS,
+    ExtractionSettings,
+    FileStamp,
+    MediaFile,
+)
+from vidjax.apps.video.media_files import PHOTOS, is_missing
+from vidjax.apps.video.places import MediaFolder, is_deleted, keep_places
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.utils import files, messages
@@ -36,7 +45,7 @@ PROGRESS_SECONDS, PROGRESS_BYTES = 1.0, 20  # between two updates of the progres
 BATCH_PHOTOS = 50  # the largest number of photos that a process reads
 # The CPU time for a photo, and for a film: 600 seconds, and one more for each 20,000 bytes.
 PHOTO_SECONDS, FILM_SECONDS, FILM_BYTES_PER_SECOND = 60, 600, 20_000
-Drop = Literal["nothing", "deleted", "missing", "others", "all others"]  # see `extract_folders`
+Drop = Literal["nothing", "deleted", "missing"]  # see `extract_folders`
 FORGET_REMEDY = "to delete the results of such files, too, add --forget-missing"
 # After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +58,7 @@ class FileOutcome(NamedTuple):
     media: MediaFile | None  # the description of the film or photo; None after an error
     error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
-    replaced: bool = False  # whether features of another file with the same name were replaced
+    copy: bool = False  # whether the file is a copy; then `media` describes the original, too
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
     earlier: MediaFile | None = None  # after an error: the description by an earlier call
@@ -67,12 +76,25 @@ class _Job(NamedTuple):
     """A film or photo, and how its features are to be extracted."""
 
     path: Path
-    stem: str  # the first part of the names of the file's clips
-    out: Path  # the folder of features
+    address: str  # of the path, see `FileStamp`
+    folder: MediaFolder  # the folder of features
     settings: ExtractionSettings
     models: Path  # the folder of nets
-    tagged: bool  # whether names that photo programs stored for faces are read
-    check: bool  # whether the content of the file is compared, see `extract_folders`
+    check: bool  # see `extract_folders`
+    tell: Tell
+    # The stem of the file if it shows a new film, and whether another film has this stem.
+    stem: str
+    taken: bool
+
+    @property
+    def out(self) -> Path:
+        """The folder of features."""
+        return self.folder.out
+
+    @property
+    def has_photo_name(self) -> bool:
+        """Whether the ending of the name is that of a photo."""
+        return self.path.suffix.lower() in PHOTOS
 
 
 def extract_folders(
@@ -94,6 +116,12 @@ def extract_folders(
     If a call is interrupted, the next call continues. If a file cannot be read, its outcome is an
     error, and the other files are still read. All folders are locked until the call ends.
 
+    Files that show the same are one film or photo. It has the stem and the name of the first file,
+    and the others are copies. A copy becomes the first file when the first file is missing. Only
+    what a file shows counts, see `media.Content`, so a film keeps its features when its
+    file is moved, renamed, or gets another title. If another film is at its place, the earlier film
+    keeps its features, and the new film gets another stem.
+
     Args:
       paths: folder of features -> videos, photos, or folders of videos and photos. If a folder of
         features does not exist, it is created, readable only by its owner.
@@ -105,16 +133,16 @@ def extract_folders(
       drop: the files whose features are removed. A drive that is not connected looks like a missing
         or empty folder.
         "nothing": no files.
-        "deleted": missing files in folders that contain other files.
+        "deleted": missing files in folders that contain other files, and files that were replaced
+        by other films or photos.
         "missing": all missing files.
-        "others": files not in `paths`, except missing files in missing or empty folders.
-        "all others": all files not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what to do if nets in `models` were replaced or added. True deletes all features, and
         computes the features of the files in `paths` again. False raises an error.
-      check: how changes of files are detected. True compares the content of each file. False
-        compares only the path, the size, the time of the last change, and the inode.
-      tagged: whether names that photo programs stored for faces are read, see `regions`.
+      check: how changes of files are detected. True compares what each file shows. False compares
+        only the path, the size, the time of the last change, and the inode.
+      tagged: whether names that photo programs stored for faces are read, see `regions`. The names
+        of clips then begin with digests, so that they contain no names of files or people.
       done: is called with each outcome, in any order.
       tell: is called with each message about a folder.
 
@@ -127,27 +155,31 @@ def extract_folders(
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    digests = {role: card.digest for role, card in known.items()}
+    cards = {role: card.digest for role, card in known.items()}
     with contextlib.ExitStack() as locked:
         jobs: list[_Job] = []
-        unsure: dict[Path, list[FileOutcome]] = {}
         for out, inputs in paths.items():
             listed = media_files.list_files(inputs)
             for note in media_files.describe_left_out(inputs):
                 tell(note)
             media_files.check_apart(listed, out)
-            folder = files.make_folder(out, "out", mode=0o700)
-            locked.enter_context(files.lock(folder, "features"))
+            made = files.make_folder(out, "out", mode=0o700)
+            locked.enter_context(files.lock(made, "features"))
             files.refuse_links(out)
-            used = _check_extraction(out, digests, settings, upgrade)
-            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails, tell)
-            jobs += [_Job(x, stem, out, used, models, tagged, check) for x, stem in stems.items()]
+            used = _check_extraction(out, cards, settings, upgrade)
+            folder = _prepare_folder(out, tagged, thumbnails, tell)
+            for path in listed:
+                address = media.make_address(path)
+                stem, taken = folder.choose_stem(path, address)
+                jobs.append(_Job(path, address, folder, used, models, check, tell, stem, taken))
 
-        outcomes_of = _process_jobs(jobs, workers, done)
-        for out, outcomes in unsure.items():
-            for outcome in outcomes:
+        outcome_of = _process_jobs(jobs, workers, done)
+        outcomes_of = dict[Path, list[FileOutcome]]()
+        for folder, found in group_by_key((job.folder, job) for job in jobs).items():
+            lost = _drop_films(folder, {job.address for job in found}, drop, tell)
+            for outcome in lost:
                 done(outcome)
-            outcomes_of[out] += outcomes
+            outcomes_of[folder.out] = [*(_renew(folder, outcome_of[job]) for job in found), *lost]
         return outcomes_of
 
 
@@ -170,32 +202,50 @@ def check_nets(models: Path, settings: ExtractionSettings) -> None:
 
 def _process_jobs(
     jobs: Sequence[_Job], workers: int, done: Callable[[FileOutcome], None]
-) -> dict[Path, list[FileOutcome]]:
+) -> dict[_Job, FileOutcome]:
     """Extracts features from files in up to `workers` child processes.
 
-    Returns the outcomes by folder of features. `done` is called with each outcome.
+    Returns the outcomes. `done` is called with each outcome.
     """
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
-    # A process reads a single film, or up to 50 photos.
-    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
-    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
-    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
-    batches = [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
+    films, numbers = sum(not job.has_photo_name for job in jobs), itertools.count(1)
     outcome_of = dict[_Job, FileOutcome]()
 
-    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> None:
-        number, batch = numbered
-        title = f"{number:,} of {len(films):,}: {label[batch[0]]}" if number <= len(films) else ""
+    def read(children: Children, batch: Sequence[_Job]) -> None:
+        is_film = not batch[0].has_photo_name
+        title = f"{next(numbers):,} of {films:,}: {label[batch[0]]}" if is_film else ""
         for job, outcome in _extract_batch(children, batch, title).items():
             left.pop(job)
             outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
 
     with _show_progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
-        map_children(read, [*enumerate(batches, 1)], workers)
-    return group_by_key((job.out, outcome_of[job]) for job in jobs)
+        for waiting in _divide(left):
+            photos = [job for job in waiting if job.has_photo_name]
+            # A process reads a single film, or up to 50 photos.
+            size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
+            batches = [[job] for job in waiting if not job.has_photo_name]
+            batches += [photos[n : n + size] for n in range(0, len(photos), size)]
+            map_children(read, batches, workers)
+    return outcome_of
+
+
+def _divide(sizes: Mapping[_Job, int]) -> list[list[_Job]]:
+    """Divides files into three lists, of which each is read after the one before.
+
+    `sizes` is file -> size in bytes. First come the files at known first places, so that afterwards
+    copies and moved files can be told from new films. Then come new files, and last the files that
+    are probably copies: known copies, and further files of one size.
+    """
+    lists, seen = ([], [], []), set[tuple[MediaFolder, int]]()
+    for job, size in sizes.items():
+        film = job.folder.find_at(job.address)
+        is_first = film is not None and film.source.address == job.address
+        lists[0 if is_first else 1 + (film is not None or (job.folder, size) in seen)].append(job)
+        seen.add((job.folder, size))
+    return [*lists]
 
 
 @contextlib.contextmanager
@@ -210,7 +260,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
     def watch(last: int = 0) -> None:
         while not ended.wait(PROGRESS_SECONDS):
-            pattern = f".extract-*/{features_folder.PROGRESS}"
+            pattern = f".extract-*/{media.PROGRESS}"
             paths = [path for out in places for path in out.glob(pattern)]
             # Another process may remove or write a file of progress at this moment.
             with contextlib.suppress(UserError, OSError, ValueError):
@@ -228,50 +278,61 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
     bar.close()
 
 
-def _prepare_folder(
-    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
-) -> tuple[dict[Path, str], list[FileOutcome]]:
-    """Removes outdated files from the folder of features `out`; returns input file -> stem.
+def _prepare_folder(out: Path, tagged: bool, pictures: bool, tell: Tell) -> MediaFolder:
+    """Removes what interrupted calls left in the folder of features `out`; returns its films.
 
-    The stem is the first part of the names of the file's clips. Also returns outcomes with an
-    error, if files of earlier calls cannot be found and their features are kept. For `drop` and
-    `pictures`, see `drop` and `thumbnails` of `extract_folders`.
+    `tagged` and `pictures` are the arguments `tagged` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
-    elif not features_folder.remove_thumbnails(out):
+    elif not media.remove_thumbnails(out):
         raise files.foreign_error(out / THUMBNAILS)
-    known = features_folder.describe_media_files(out)
+    media.remove_leftovers(out, None)
+    folder = MediaFolder(out, tagged=tagged)
     for path in (out / VIDEOS).glob("*.json"):
-        if path.stem not in known:
+        if path.stem not in folder.films:
             about = "it is removed, and the film is read again if you name it"
             tell(Note(f"{path} is damaged: {about}", warning=False))
-            features_folder.remove_media_file(out, path.stem)
-    stems = _choose_stems(listed, known, tell)
-    kept, unsure, lost = {*stems.values()}, list[Path](), list[FileOutcome]()
-    others = drop in ("others", "all others")
-    for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
-        path, missing = known[stem].source.path, is_missing(known[stem].source.path)
-        deleted = missing and (drop in ("missing", "all others") or has_files(path.parent))
-        if others and not deleted and not files.exists(path):
-            kept.add(stem)
-            error = f"{path} cannot be reached: is the drive connected?"
-            remedy = FORGET_REMEDY if missing else ""
-            earlier = known[stem] if features_folder.has_features(out, stem) else None
-            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=earlier))
-        elif deleted and not others:
-            tell(Note(f"{path} no longer exists: its results are deleted", warning=False))
-        elif not others:
-            kept.add(stem)
+            folder.remove(path.stem)
+    return folder
+
+
+def _drop_films(folder: MediaFolder, listed: set[str], drop: Drop, tell: Tell) -> list[FileOutcome]:
+    """Removes films and photos of earlier calls that were deleted, see `drop` of `extract_folders`.
+
+    `listed` are the addresses of the files of this call. Returns outcomes with an error, if files
+    of earlier calls cannot be found and their features are kept.
+    """
+    folder.follow_copies()
+    unsure, lost = list[Path](), list[FileOutcome]()
+    for stem in sorted(folder.films.keys() - folder.used if drop != "nothing" else ()):
+        film = folder.films[stem]
+        path, missing = film.source.path, is_missing(film.source.path)
+        deleted = all(
+            x.address in listed or is_deleted(x.path) or (drop == "missing" and is_missing(x.path))
+            for x in film.stamps
+        )
+        if deleted:
+            gone = "no longer exists" if missing else "was replaced by another film or photo"
+            tell(Note(f"{path} {gone}: its results are deleted", warning=False))
+        else:
+            folder.used.add(stem)
             unsure += [path] * missing
-    features_folder.remove_leftovers(out, None if drop == "nothing" else kept)
+    if drop != "nothing":
+        media.remove_leftovers(folder.out, folder.used)
     if unsure:
         path, rest = unsure[0], messages.count(len(unsure) - 1, "more file")
         more = f" (and of {rest})" if unsure[1:] else ""
         error = f"the folder of {path}{more} is missing or empty: is the drive connected?"
         lost.append(FileOutcome(path, None, f"{error} The results are kept", remedy=FORGET_REMEDY))
-    return stems, lost
+    return lost
+
+
+def _renew(folder: MediaFolder, outcome: FileOutcome) -> FileOutcome:
+    """Returns an outcome with the last description of its film, which a copy may have changed."""
+    media = outcome.media
+    return outcome._replace(media=media and folder.films.get(folder.stem_of[media.sha256], media))
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
@@ -292,18 +353,18 @@ def _check_extraction(
     other nets, unless `digests` lacks one of their roles. Raises UserError if `out` then has
     features of other nets or settings, or files of another program.
     """
-    before = features_folder.read_extraction(out)
+    before = media.read_extraction(out)
     if before is None:
         if foreign := list_entries(out):
             raise files.foreign_error(foreign[0])
         settings = settings or ExtractionSettings()
-        extraction = features_folder.Extraction(models=digests, settings=settings)
-        features_folder.write(out / features_folder.NAME, extraction)
+        extraction = media.Extraction(models=digests, settings=settings)
+        media.write(out / media.NAME, extraction)
         return settings
     if upgrade and before.models != digests and before.models.keys() <= digests.keys():
-        features_folder.set_aside(out)
+        media.set_aside(out)
         before.models = digests
-        features_folder.write(out / features_folder.NAME, before)
+        media.write(out / media.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
@@ -313,52 +374,13 @@ def _check_extraction(
     if settings and settings != before.settings:
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
         changed = [f"{name}: {old[name]}, not {x}" for name, x in new.items() if old[name] != x]
+        log = out.parent / media.RESULTS
+        keep = f". To keep all names, first copy '{log}' into the new folder"
         raise UserError(
             f"the features in '{out}' have other settings ({'; '.join(changed)})\n"
-            "name a new folder, or use the same settings"
+            "name a new folder, or use the same settings" + keep * files.exists(log)
         )
     return before.settings
-
-
-def _choose_stems(
-    paths: Sequence[Path], known: Mapping[str, MediaFile], tell: Tell
-) -> dict[Path, str]:
-    """Returns file -> stem, the first part of the names of the file's clips.
-
-    `known` is stem -> film of an earlier call. These films keep their stems, even if they were
-    moved. The stem of a new file is made from its name. If another file with other content has
-    the same stem, `~` and 8 digits of the sha256 are added to the stem. If the content is the same,
-    too, one of the two files is left out, and `tell` is called with a note.
-    """
-    of_path = {str(film.source.path): stem for stem, film in known.items()}
-    moved = {film.sha256: stem for stem, film in known.items() if is_missing(film.source.path)}
-    sizes = {known[stem].source.size for stem in moved.values()}
-    owners = {stem.lower(): stem for stem in known}
-    stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
-    for path in (path for path in paths if os.path.realpath(path) not in of_path):
-        stem = features_folder.make_stem(path)
-        owner = owners.get(stem.lower())
-        if owner or (path.exists() and path.stat().st_size in sizes):
-            sha256 = _sha256_or_of_name(path)
-            if sha256 in moved:
-                stem = moved[sha256]
-            elif owner:
-                film = known.get(owner)
-                same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
-                # A link to a drive that is not connected.
-                same |= film is not None and not path.exists() and is_missing(film.source.path)
-                stem = owner if same else f"{stem}~{sha256[:8]}"
-        owners.setdefault(stem.lower(), stem)
-        if stems.setdefault(stem, path) != path and stem not in known:
-            tell(Note(f"{path} is a copy of {stems[stem]} and is left out", warning=False))
-    return {path: stem for stem, path in stems.items()}
-
-
-def _sha256_or_of_name(path: Path) -> str:
-    try:
-        return files.sha256_file(path)
-    except (UserError, OSError):  # `_compare` reads the file again, and reports the error
-        return files.sha256_json(str(path.absolute()))
 
 
 def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
@@ -380,26 +402,28 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict
                 pending[job] = outcome
         if pending:
             photos = messages.count(len(pending), "photo")
-            say(f"{features_folder.make_printable(title) or photos} ...")
+            say(f"{media.make_printable(title) or photos} ...")
         answers = _read(children, pending) if pending else []
         for (job, task), answer in zip(pending.items(), answers, strict=True):
             outcomes[job] = _take_results(job, task, answer)
     return outcomes
 
 
-def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[MediaFile | UserError]:
+def _read(
+    children: Children, pending: Mapping[_Job, film_lib.Task]
+) -> list[film_lib.Answer | UserError]:
     """Calls `film.work` for each file in a child process.
 
-    Returns a description or an error for each file, in order.
+    Returns an answer or an error for each file, in order.
     """
-    tagged = (job.path for job in pending if job.tagged)
+    tagged = (job.path for job in pending if job.folder.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
     size = sum(task.source.size for task in pending.values() if task.source)
-    photos = all(job.path.suffix.lower() in PHOTOS for job in pending)
+    photos = all(job.has_photo_name for job in pending)
     return run_limited_each(
         film_lib.__name__,
         [(job.path, msgspec.to_builtins(task)) for job, task in pending.items()],
-        MediaFile,
+        film_lib.Answer,
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
         reads=[*cards_lib.list_files(min(job.models for job in pending)), *sidecars],
@@ -408,31 +432,22 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
     )
 
 
-def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the stored description of the job's file; None if the file's features are missing."""
-    known = features_folder.describe_media_file(job.out, job.stem)
-    return known if features_folder.has_features(job.out, job.stem) else None
-
-
 def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib.Task:
-    """Decides whether the features of a file must be extracted.
+    """Decides whether a file must be opened.
 
-    If the features of an earlier call are up to date, returns the outcome. Otherwise, returns a
-    task for `film.work`, which extracts the features into a temporary folder. When `folders` is
-    closed, this folder is deleted.
+    If the file has not changed, returns the outcome. Otherwise, returns a task for `film.work`,
+    which extracts the features into a temporary folder, unless the file shows a known film. When
+    `folders` is closed, this folder is deleted.
     """
-    before = _find_earlier(job)
-    sidecars = regions.list_sidecars(job.path) if job.tagged else ()
-    source = features_folder.FileStamp.of(job.path, sidecars)
-    complete = before and not features_folder.lacks_pictures(job.out, job.stem)
-    if before and complete and before.source == source and not job.check:
-        return FileOutcome(job.path, before, kept=True)
-    sha256 = files.sha256_file(job.path)
-    is_same = before and before.sha256 == sha256 and before.source.sidecars == source.sidecars
-    if before and complete and is_same:
-        before.source, before.video = source, features_folder.make_printable(job.path.name)
-        features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
-        return FileOutcome(job.path, before, kept=True)
+    sidecars = regions.list_sidecars(job.path) if job.folder.tagged else ()
+    source = FileStamp.of(job.path, sidecars)
+    if not job.check:
+        with job.folder.lock:
+            if stem := job.folder.recognise(source):
+                return _keep(job, stem, source)
+    sha256 = digests.digest_photo(job.path) or ""
+    with job.folder.lock:
+        stems, current = job.folder.list_known(sha256)
     partial = folders.enter_context(
         files.scratch_folder(job.out / f".extract-{secrets.token_hex(4)}")
     )
@@ -440,11 +455,31 @@ def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return film_lib.Task(
         models=str(job.models.absolute()), settings=job.settings, path=str(job.path.absolute()),
-        out=str(partial.absolute()), stem=job.stem, source=source, sha256=sha256, tagged=job.tagged,
+        out=str(partial.absolute()), stem=job.stem, taken=job.taken, stems=stems, current=current,
+        source=source, sha256=sha256, tagged=job.folder.tagged,
     )  # fmt: skip
 
 
-def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError) -> FileOutcome:
+def _keep(job: _Job, stem: str, source: FileStamp, *, turned: bool = False) -> FileOutcome:
+    """Notes that a file shows the known film `stem`; returns the outcome.
+
+    `source` are the properties of the file. If `turned`, the file is a copy that is turned
+    otherwise. It could not take the place of the film without being read, so its place is not
+    noted. The caller holds the lock of the folder.
+    """
+    film = job.folder.films[stem]
+    is_new = source.address not in {stamp.address for stamp in film.stamps}
+    is_copy = turned or job.folder.place(stem, source, job.path.name)
+    job.folder.used.add(stem)
+    if is_copy and is_new and not job.folder.tagged:
+        about = f"{job.path} is a copy of {film.source.path} and is left out"
+        job.tell(Note(about, warning=False))
+    return FileOutcome(job.path, film, kept=True, copy=is_copy)
+
+
+def _take_results(
+    job: _Job, task: film_lib.Task, answer: film_lib.Answer | UserError
+) -> FileOutcome:
     """Moves results of `film.work` from the folder `task.out` to `job.out`; returns the outcome.
 
     If the file could not be read, the results of an earlier call are kept: the file may be on a
@@ -456,50 +491,101 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
     try:
         if isinstance(answer, UserError):
             raise answer
-        film, partial = _check_results(job, task, answer), Path(task.out)
-        before = features_folder.describe_media_file(job.out, job.stem)
-        if before and before.tags and not film.tags:
-            if film.bad_tags:
-                raise UserError(film.bad_tags)
-            if before.sha256 == film.sha256 and len(before.source.sidecars) > len(
-                film.source.sidecars
-            ):
-                raise UserError(
-                    f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
-                    "delete the photo"
-                )
-        had_features = features_folder.has_features(job.out, job.stem)
-        features_folder.remove_media_file(job.out, job.stem)
-        os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
-        thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
-        if thumbnails[0].exists():
-            (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
-            for picture in (thumbnails[0] / f"{track.clip}.png" for track in film.tracks):
-                files.hide(picture)
-                os.replace(picture, thumbnails[1] / job.stem / picture.name)
-        features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
+        with job.folder.lock:
+            return _merge(job, task, answer)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
-    is_other = had_features and before is not None and before.sha256 != film.sha256
-    return FileOutcome(job.path, film, replaced=is_other)
 
 
-def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
-    """Checks the results of a child process; returns the description of the file `job.path`.
+def _merge(job: _Job, task: film_lib.Task, answer: film_lib.Answer) -> FileOutcome:
+    """Adds the results of `film.work` to the folder, unless the file is a copy of a known film.
 
-    A malicious file may take over the child process. So its name, properties and sha256 are taken
-    from `job` and `task`. Raises UserError if the results have clips of other films, or lack clips
-    or pictures.
+    Returns the outcome. The caller holds the lock of the folder.
     """
     assert task.source
-    film.video = features_folder.make_printable(job.path.name)
-    film.source, film.sha256, out = task.source, task.sha256, Path(task.out)
+    folder, source, sha256 = job.folder, task.source, answer.content.sha256
+    stem = film_lib.choose_stem(task, sha256)
     with doubt(job.path):
+        if task.sha256 not in ("", sha256) or not (answer.film or answer.content in task.current):
+            raise ValueError("the child process gave a wrong digest")
+    # Another process may have read a copy in the meantime.
+    known = folder.stem_of.get(sha256, "")
+    before = folder.films.get(known)
+    if before and answer.film is None:
+        return _keep(job, known, source)
+    film = _check_results(job, task, answer, stem)
+    if before and known in folder.complete and _is_copy(before, film, known == stem):
+        return _keep(job, known, source, turned=before.orientation != film.orientation)
+    _check_tags(job, before or folder.find_at(source.address), film)
+    if before:
+        others = [stamp for stamp in before.stamps if stamp.address != source.address]
+        film.copies = keep_places(others, surely=folder.tagged)
+    folder.remove(stem)
+    try:
+        _move_features(Path(task.out), job.out, stem, film)
+        folder.add(stem, film)
+    except OSError:
+        folder.remove(stem)  # incomplete files
+        raise
+    folder.used.add(stem)
+    return FileOutcome(job.path, film)
+
+
+def _move_features(made: Path, out: Path, stem: str, film: MediaFile) -> None:
+    """Moves the features and thumbnails of a film from the folder `made` to `out`."""
+    os.replace(made / f"{stem}.npz", out / f"{stem}.npz")
+    if (made / THUMBNAILS).exists():
+        (out / THUMBNAILS / stem).mkdir(mode=0o700, exist_ok=True)
+        for picture in (made / THUMBNAILS / f"{track.clip}.png" for track in film.tracks):
+            files.hide(picture)
+            os.replace(picture, out / THUMBNAILS / stem / picture.name)
+
+
+def _is_copy(before: MediaFile, film: MediaFile, is_expected: bool) -> bool:
+    """Returns whether a file that was read is only a copy of `before`, a film with features.
+
+    `film` describes the file. If `is_expected` is False, `before` became known while the file was
+    read. Of equal photos, the first with face tags is the original.
+    """
+    if film.source.address == before.source.address or not before.source.is_valid:
+        return not is_expected
+    return bool(before.tags) or not film.tags
+
+
+def _check_tags(job: _Job, before: MediaFile | None, film: MediaFile) -> None:
+    """Raises UserError if the face tags of a photo are missing now, but were found earlier.
+
+    `before` and `film` are the descriptions by an earlier call and by this call.
+    """
+    if before and before.tags and not film.tags:
+        if film.bad_tags:
+            raise UserError(film.bad_tags)
+        fewer = len(film.source.sidecars) < len(before.source.sidecars)
+        if before.sha256 == film.sha256 and fewer:
+            raise UserError(
+                f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
+                "delete the photo"
+            )
+
+
+def _check_results(job: _Job, task: film_lib.Task, answer: film_lib.Answer, stem: str) -> MediaFile:
+    """Checks the results of a child process; returns the description of the file `job.path`.
+
+    A malicious file may take over the child process. So its name and properties are taken from
+    `job` and `task`. Raises UserError if the results have clips of other films than `stem`, or lack
+    clips or pictures.
+    """
+    out = Path(task.out)
+    with doubt(job.path):
+        film = answer.film
+        assert film and task.source and film.content == answer.content
+        film.video = media.make_printable(job.path.name)
+        film.source, film.copies = task.source, []
         files.refuse_links(out)
-        clips = sorted(clip.name for clip in read_clips([out / f"{job.stem}.npz"]))
+        clips = sorted(clip.name for clip in read_clips([out / f"{stem}.npz"]))
         shown = clips if (out / THUMBNAILS).exists() else ()
         lacks = not all(files.is_file(out / THUMBNAILS / f"{clip}.png") for clip in shown)
-        others = {clip.partition(".")[0] for clip in clips} - {job.stem}
+        others = {clip.partition(".")[0] for clip in clips} - {stem}
         if lacks or others or clips != sorted(track.clip for track in film.tracks):
             raise ValueError("the child process lost clips or pictures, or added other clips")
     return film
@@ -507,9 +593,14 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that could not be read. If the disk is full, raises `error`."""
-    earlier = _find_earlier(job)
-    if not features_folder.describe_media_file(job.out, job.stem):
-        features_folder.remove_media_file(job.out, job.stem)  # incomplete files
+    folder, earlier = job.folder, job.folder.find_at(job.address)
+    if earlier:
+        stem = folder.stem_of[earlier.sha256]
+        folder.used.add(stem)
+        if not media.has_features(job.out, stem):
+            earlier = None
+    elif job.stem and not job.taken:  # a killed call may have left incomplete files
+        folder.remove(job.stem)
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from vidjax.apps.video.align import turn_boxes
 from vidjax.apps.video.tracks import measure_overlaps, pair_greedily
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -87,6 +88,8 @@ def read_tags(path: Path) -> Tags:
             content = _read_ends(path) if place == path else files.read_bytes(place, MOST_BYTES)
             if not content:
                 raise UserError("the file is empty: copy it again")
+            if place != path and PACKET_BEGIN not in content:
+                raise UserError("the file contains no XMP metadata: copy it again")
             for packet in _find_packets(content):
                 tags = parse_packet(packet)
                 problems += [f"{show(place.name)}: {tags.problem}"] if tags.problem else []
@@ -328,19 +331,6 @@ def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
     # Several tags that fit show that nothing was moved.
     poor = reading.fits[good].mean() < DOUBTFUL_FIT or (count == 1 and scale < SMALL_TAGS)
     return bool(scale < TINY_TAGS or (lost and (poor or unlike)))
-
-
-def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns boxes [n, 4] from the stored picture to the upright picture, by EXIF orientation.
-
-    A box is left, top, right and bottom, as fractions of the picture's width and height.
-    """
-    points = boxes.reshape(-1, 2, 2)
-    if orientation > 4:
-        points = points[..., ::-1]
-    flipped = np.isin(orientation, (2, 3, 6, 7)), np.isin(orientation, (3, 4, 7, 8))
-    points = np.where(flipped, 1 - points, points)
-    return np.concatenate([points.min(1), points.max(1)], 1)
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:

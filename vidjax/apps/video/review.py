@@ -2,7 +2,7 @@
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
 without this word, and changes that other pages send, are refused. Each change is saved immediately,
-in the gallery or in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
+in the log `said.jsonl`, so that the next call of `vidjax who` keeps it. The other
 result files are written a second after the last change, and when the server ends.
 """
 
@@ -10,9 +10,10 @@ import asyncio
 import hmac
 import re
 import secrets
+import shlex
 import threading
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 
@@ -26,17 +27,19 @@ from starlette.routing import Route
 
 from vidjax.apps import web
 from vidjax.apps.video import names_page, who
-from vidjax.apps.video.corrections import OutdatedError, Review
+from vidjax.apps.video.actions import OutdatedError, Review
 from vidjax.apps.video.names_page import Forms
-from vidjax.apps.video.subtitles import format_time
 from vidjax.utils import messages
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
+from vidjax.utils.messages import format_time
 from vidjax.utils.names import is_unknown
 
+Search = Callable[[Path, str], Iterable[Path]]  # (folder of results, person) -> files
 HOST = "127.0.0.1"
 MOST_DECODED = 2  # pictures that are decoded at the same time
 FORM_BYTES = 200_000
 SNIFF_BYTES = 64
+MOST_LEFT = 20  # places that a message about a forgotten person lists
 # The first bytes of films and photos -> the type as which a file is sent. A browser does not run
 # scripts in a file of these types. Other files are sent as bytes without a type.
 TYPES = {
@@ -59,8 +62,8 @@ SANDBOX = {"Content-Security-Policy": "sandbox", **HEADERS}  # of films and pict
 class _Pages:
     """Answers the requests of a browser. All paths begin with `/TOKEN/`. TOKEN is a secret."""
 
-    def __init__(self, review: Review, token: str):
-        self._review, self._token = review, token
+    def __init__(self, review: Review, token: str, search: Search):
+        self._review, self._token, self._search = review, token, search
         self._lock = threading.Lock()
         self._decoding = asyncio.Semaphore(MOST_DECODED)
 
@@ -142,7 +145,20 @@ class _Pages:
         """Answers a submitted form: makes the change in the form, or undoes the last change."""
         self._check(request)
         form = await _read_form(request)
-        return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
+        self._review.waiting += 1  # the results are written when no change waits
+        try:
+            return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
+        finally:
+            self._review.waiting -= 1
+
+    def _forget(self, person: str, version: int) -> None:
+        """Forgets a person. The next page lists photos and files that still show the person."""
+        left = dict.fromkeys(self._review.forget(person, version))
+        left |= dict.fromkeys(map(str, self._search(self._review.out, person)))
+        lines = [f"Saved: {person} is forgotten in this folder."]
+        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
+        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
+        self._review.say("\n".join([*lines, f"To search other folders: {command}"]))
 
     def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
         """Applies the change in a form with the fields (name, value).
@@ -160,6 +176,7 @@ class _Pages:
         view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
         problem = Forms(at="".join(of[:1]), next=after, of=of, typed=typed)
         status, asks = HTTPStatus.UNPROCESSABLE_ENTITY, action == "name" and "person" in form
+        later = BackgroundTask(review.save_later)  # an earlier change may have left it to this one
         with self._lock:
             try:
                 version = form.get("version", "")
@@ -169,7 +186,7 @@ class _Pages:
                     if "person" in view and not review.has_person(view["person"]):
                         view["person"] = changed  # the person was renamed
                 elif action == "forget":
-                    review.forget("".join(of[:1]), version)
+                    self._forget("".join(of[:1]), version)
                     view = {}
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
@@ -189,9 +206,9 @@ class _Pages:
                     status = HTTPStatus.CONFLICT
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
                 page = review.render(view, problem._replace(message=about))
-                return HTMLResponse(page, status, HEADERS)
+                return HTMLResponse(page, status, HEADERS, background=later)
         place = f"./?{urllib.parse.urlencode(view)}" if view else "./"
-        headers, later = {"Location": place, **HEADERS}, BackgroundTask(review.save_later)
+        headers = {"Location": place, **HEADERS}
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
 
@@ -207,9 +224,12 @@ def _read_view(query: Mapping[str, str]) -> dict[str, str]:
     return view
 
 
-def make_app(review: Review, token: str) -> Starlette:
-    """Returns the web application with the page, at `/TOKEN/`, on which a user corrects names."""
-    pages = _Pages(review, token)
+def make_app(review: Review, token: str, search: Search = lambda out, person: ()) -> Starlette:
+    """Returns the web application with the page, at `/TOKEN/`, on which a user corrects names.
+
+    `search` finds the files in a folder of results that still show a forgotten person.
+    """
+    pages = _Pages(review, token, search)
 
     def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -254,17 +274,20 @@ async def _read_form(request: Request) -> list[tuple[str, str]]:
     return urllib.parse.parse_qsl(body.decode(errors="replace"))
 
 
-def serve_review(review: Review) -> who.WhoResults:
-    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results."""
+def serve_review(review: Review, search: Search) -> who.WhoResults:
+    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
+
+    For `search`, see `make_app`.
+    """
     token = secrets.token_urlsafe(16)
     with web.listen(HOST, 0) as listener:
         messages.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
-            web.serve(make_app(review, token), listener)
+            web.serve(make_app(review, token, search), listener)
         finally:
             try:
                 review.save()
-            except InUseError:  # all changes are in the gallery and in `unknown.json`
+            except InUseError:  # all changes are in the log
                 messages.print_text("Another vidjax who is running: it will write the tables.")
         return review.done

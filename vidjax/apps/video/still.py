@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax.apps.video import decode, photos
+from vidjax.apps.video import decode, pictures
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError
 
@@ -37,7 +37,7 @@ def work(arguments: dict[str, Any]) -> bytes:
     from PIL import Image
 
     path = Path(arguments["path"])
-    if photo := photos.read_photo(path):
+    if photo := pictures.read_photo(path):
         rgb = photo.rgb
     else:
         with decode.open_video(path) as video:

@@ -11,16 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vidjax.apps.features_folder import MediaFile
+from vidjax.apps.video.media import MediaFile
+from vidjax.apps.video.naming import Appearance
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import format_time
 from vidjax.utils.names import IGNORED, escape
-
-if TYPE_CHECKING:
-    from vidjax.apps.video.naming import Appearance
-
 
 SUBTITLES = (".vtt", ".srt")
 
@@ -39,7 +37,7 @@ COLUMNS = {  # name of a column -> type in Apache Arrow
 }  # fmt: skip
 
 
-def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[MediaFile]) -> None:
+def write(path: Path, appearances: Sequence[Appearance], films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
         files.write_bytes(path, to_subtitles(appearances, path.suffix).encode(), replace=False)
@@ -58,9 +56,8 @@ def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[Media
 
 def _describe_file(film: MediaFile) -> dict[str, str]:
     """Returns the cells `path` and `date` of a film. The date is the last change (UTC)."""
-    source = film.source
-    date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
-    path = os.fsencode(source.path).decode(errors="replace")
+    date = datetime.fromtimestamp(film.source.mtime_ns // 10**9, UTC)
+    path = os.fsencode(film.path).decode(errors="replace")
     return {"path": path, "date": date.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
@@ -73,7 +70,7 @@ def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
-def to_subtitles(appearances: "Sequence[Appearance]", ending: str) -> str:
+def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
     """Returns the text of a .vtt or .srt file with the names of the known people in a video.
 
     Each name is a line. Subtitles never overlap in time, because many players show only one.
@@ -97,7 +94,7 @@ def to_subtitles(appearances: "Sequence[Appearance]", ending: str) -> str:
     return "\n".join(blocks)
 
 
-def _make_cues(appearances: "Iterable[Appearance]") -> Iterator[tuple[float, float, list[str]]]:
+def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
     """Yields (start, end, sorted names) of each period in which the same known people appear."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
@@ -113,7 +110,7 @@ def _make_cues(appearances: "Iterable[Appearance]") -> Iterator[tuple[float, flo
             yield begin, end, sorted(seen)
 
 
-def to_rttm(appearances: "Iterable[Appearance]") -> str:
+def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
     Ignored people and photos are left out. Blanks in names become `_`. If two names would be
@@ -147,14 +144,3 @@ def format_tenths(seconds: float) -> str:
     """Returns a time as text with tenths of a second, such as 3:12.4."""
     count = round(10 * seconds)
     return f"{format_time(count // 10, short=True)}.{count % 10}"
-
-
-def format_time(seconds: float, *, short: bool = False) -> str:
-    """Returns a time as text, such as 00:03:12.500, or if `short` is True, 3:12."""
-    thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
-    whole, rest = divmod(thousandths, 1000)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    if short:
-        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-    return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"

@@ -15,7 +15,7 @@ from vidjax.apps.cards import Card, Role
 from vidjax.apps.video import decode, nets
 
 if TYPE_CHECKING:
-    from vidjax.apps.features_folder import FaceTrack
+    from vidjax.apps.video.media import FaceTrack
 
 RATE = decode.SOUND_RATE
 STEP = 512  # samples (32 ms) for which the net computes a probability of speech

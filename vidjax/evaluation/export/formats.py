@@ -17,7 +17,6 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from vidjax.core.batch import Array, Frames
     from vidjax.evaluation.export.function import Shapes
     from vidjax.evaluation.predict import Predictor
 
@@ -35,8 +34,6 @@ class Format(NamedTuple):
     write: Callable[["Predictor", "Shapes", Path], Predict]
     packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
     extra: str  # the extra that installs the packages, as in `pip install vidjax[onnx]`
-    outputs: tuple[str, ...] = OUTPUTS
-    gallery_file: str = ""  # the file with the arrays of a gallery; "" if only runs are supported
     bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
 
 
@@ -161,83 +158,12 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
 
 
-def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
-    """Writes a PLDA run as `arrays.npz` and `reader.py`. Returns a function that uses them."""
-    del inputs
-    import jax
-
-    from vidjax.evaluation.export import array_files, function
-    from vidjax.models.plda_fit import unit_mean
-
-    read = array_files.write_arrays(folder / "arrays.npz", make_run_arrays(run))
-
-    @jax.jit
-    def compute_means(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
-        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
-        return {part: unit_mean(fused[part]) for part in run.modalities}
-
-    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        vectors = jax.device_get(compute_means(function.make_batch(run, inputs).frames))
-        logs = read(vectors)[:, 1:]
-        logs[~np.any([x.any(axis=1) for x in vectors.values()], axis=0)] = -np.inf
-        return {"scores": logs}
-
-    return predict_outputs
-
-
-def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
-    """Returns the arrays of a PLDA run, name -> array. The module `array_files` lists the names.
-
-    Raises UserError if the run has another model or unsupported settings.
-    """
-    import jax
-
-    from vidjax.models.plda import PLDAIdentifier
-
-    config = run.config
-    if not isinstance(run.model.system.model, PLDAIdentifier):
-        raise UserError(
-            "--format=numpy supports only runs of configs/plda.py and galleries, not runs of the "
-            f"model '{config.model.name}'\nchoose --format=safetensors"
-        )
-    if config.eval.scores != "log_softmax" or config.eval.top_classes or config.ensemble.views:
-        raise UserError(
-            "--format=numpy needs a run with config.eval.scores=log_softmax, "
-            "config.eval.top_classes=0 and config.ensemble.views=0\n"
-            "choose --format=safetensors"
-        )
-    solved = jax.device_get(run.model.model_state["solved"])
-    columns = slice(1, 1 + len(run.identities))
-    members = len(run.model.training_sets.members)
-    settings = solved["settings"]
-    arrays = {name: getattr(settings, name) for name in ("scale", "unenrolled", "stranger")}
-    arrays["temperature"] = np.full(members, config.eval.temperature)
-    for part in run.modalities:
-        space, enrolled = solved[part]["space"], solved[part]["enrolled"]
-        arrays |= {
-            f"{part}/centre": solved[part]["centre"],
-            f"{part}/mean": space.mean,
-            f"{part}/transform": space.transform,
-            f"{part}/linear": enrolled.linear[:, columns],
-            f"{part}/constant": enrolled.constant[:, columns],
-            f"{part}/curve": enrolled.curve,
-            f"{part}/kind": enrolled.kind[:, columns],
-            f"{part}/known": enrolled.known[:, columns].astype(np.int32),
-            f"{part}/scale": np.ones(members),
-            f"{part}/limit": np.full(members, np.inf),
-        }
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-
-
 # Name -> format. To add a format, write a function above, and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
     "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx", bounded=True),
-    "safetensors": Format(
-        "weights.safetensors", safetensors, (), "", gallery_file="arrays.safetensors"
-    ),
-    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_file="arrays.npz"),
+    "safetensors": Format("weights.safetensors", safetensors, (), ""),
 }
 
 
@@ -274,7 +200,7 @@ def write_run(
                    "dtype": spec.dtype.name}
             for name, spec in inputs.items()
         },
-        "outputs": list(target.outputs),
+        "outputs": list(OUTPUTS),
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, outputs),

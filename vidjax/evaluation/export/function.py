@@ -14,21 +14,23 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vidjax.core import fusion
 from vidjax.core.batch import Array, Batch, Frames
 from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.evaluation import eval_step
-from vidjax.evaluation.export.array_files import check_tolerance, difference
 from vidjax.evaluation.predict import Predictor
 from vidjax.evaluation.scoring import keep_best
 from vidjax.models.build_system import System
+from vidjax.utils.errors import UserError
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
 BATCH = "B"
 LENGTHS = (5, 1, 9, 3)  # numbers of frames of the random clips
 UNEVEN_LENGTH = 6  # frames of an additional clip, whose last modality has a single frame
+TOLERANCE = 1e-5  # largest allowed difference, relative to max(1, |value|)
 LARGEST = 1 << 31  # largest file with a program, the limit of protocol buffers and flat buffers
 
 Inputs = Mapping[str, Array]
@@ -215,6 +217,25 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     return RandomClips(inputs, expected)
 
 
+def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
+    """Returns the largest difference between outputs and expected outputs, both name -> array.
+
+    For expected values above 1 in magnitude, the difference is relative. Otherwise, it is absolute.
+    If shapes differ, an output is NaN, or an infinite value differs, returns inf.
+    """
+    worst = 0.0
+    for name, output in outputs.items():
+        value, target = np.asarray(output, np.float64), np.asarray(expected[name], np.float64)
+        if value.shape != target.shape or np.isnan(value).any():
+            return float("inf")
+        finite = np.isfinite(target)
+        if not np.array_equal(value[~finite], target[~finite]):
+            return float("inf")
+        gap = np.abs(value[finite] - target[finite])
+        worst = max(worst, float(np.max(gap / np.maximum(1, np.abs(target[finite])), initial=0.0)))
+    return worst
+
+
 def check(
     format_name: str,
     run: Predictor,
@@ -230,5 +251,9 @@ def check(
         several = make_random_clips(run, seed, padding)
         for clips in (several, jax.tree.map(lambda rows: rows[2:3], several)):
             worst = max(worst, difference(predict(clips.inputs), clips.expected))
-    check_tolerance(format_name, worst)
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "
+            f"by {worst:.1e}, more than {TOLERANCE:.0e}\nchoose another format"
+        )
     return worst

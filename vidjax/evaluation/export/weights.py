@@ -13,7 +13,7 @@ can rank clips, but cannot continue its training.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import trained_runs
-from vidjax.evaluation.export.array_files import save_tensors
 from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, members_file, results, schemas
 from vidjax.runs.config import Config
@@ -37,17 +36,22 @@ ITEMS = ("params", "model_state")
 
 def write(workdir: Path, folder: Path, step: str) -> None:
     """Exports a checkpoint of the run in `workdir` to `folder`. `step` is `latest` or `best`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     source = RunFolder(workdir)
     config = source.config
     config.eval.checkpoint = step
     run = trained_runs.find_run(config, source)
     shapes = _make_shapes(config, run.manifest)
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
-    save_tensors(flatten(items), folder / WEIGHTS)
+    path = folder / WEIGHTS
+    with files.disk_errors(path, SafetensorError):
+        save_file(flatten(items), path)
     lists = members_file.make_lists(run.identities, run.training_sets)
     files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}, **lists})
     files.write_json(folder / IDENTITIES, lists["identities"])
-    _copy(workdir, folder, COPIED_FILES)
+    _copy(workdir, folder)
 
 
 def read(folder: Path, workdir: Path) -> None:
@@ -58,16 +62,14 @@ def read(folder: Path, workdir: Path) -> None:
     for name in (CONFIG, CHECKPOINT, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"'{folder}' does not contain {name}\n"
-                "name a folder that vidjax export has written for a run"
+                f"'{folder}' does not contain {name}\nname a folder that vidjax export has written"
             )
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path, limit=results.MAX_IDENTITIES_BYTES)
     json_files.parse(path, manifest, schemas.Manifest, "export the run again")
     trained_runs.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial, _blame_export(folder, partial):
-        # Exports of version 0.1.0 have no lists in the manifest, but digests of the last two files.
-        _copy(folder, partial, (*COPIED_FILES, IDENTITIES, members_file.FILE))
+        _copy(folder, partial)
         run = RunFolder(partial)
         config = run.config
         items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest))
@@ -95,15 +97,16 @@ def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
         raise UserError("\n".join([*problem, "export the run again"])) from error
 
 
-def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copies the files `names` from the folder `source` to `target`. Skips missing files.
+def _copy(source: Path, target: Path) -> None:
+    """Copies COPIED_FILES from the folder `source` to `target`. Skips missing files.
 
     Raises UserError for a link or a pipe, or if `metrics.json` in `source` is damaged.
     """
     RunFolder(source).metrics()
-    for name in names:
+    for name in COPIED_FILES:
         if files.exists(source / name):
-            (target / name).write_bytes(files.read_bytes(source / name, members_file.MAX_BYTES))
+            content = files.read_bytes(source / name, results.MAX_IDENTITIES_BYTES)
+            (target / name).write_bytes(content)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,13 +1,11 @@
 """Applies a user's corrections of names to a folder of results of `vidjax who`.
 
-Each correction is written as lines of the log `said.jsonl`, see `vidjax.apps.said`.
+A correction becomes lines of the log `said.jsonl`, see `log`.
 """
 
 import contextlib
-import functools
 import itertools
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,24 +14,22 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile, SeenClip
-from vidjax.apps.forget import forget, list_roots
-from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
+from vidjax.apps.gallery import card_notes
+from vidjax.apps.gallery.answers import FACE, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import select_usable_clips
-from vidjax.apps.said import Line
-from vidjax.apps.video import people_photos, results, still, who
-from vidjax.apps.video.decision import WAIT_SECONDS, Decision, decide, lock_changes
+from vidjax.apps.video import heirs, log, media, results, still, who
+from vidjax.apps.video.decide import Decision, Rule, decide, list_new_lines
+from vidjax.apps.video.log import Line
+from vidjax.apps.video.media import FEATURES, PEOPLE, THUMBNAILS, Face, FileStamp, MediaFile
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.naming import Appearance, pair_seen_together
+from vidjax.apps.video.said import Said, is_photo
+from vidjax.apps.video.who import WAIT_SECONDS
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
-MOST_LEFT = 20  # places that a message about a forgotten person lists
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
 
 
@@ -47,12 +43,13 @@ class Step(NamedTuple):
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed face
     lines: Sequence[Line]  # of the log
-    # Clip -> person before the change, for clips of a renamed person that are not in the log.
-    clips: Mapping[str, str | None]
 
-    def is_about(self, person: str) -> bool:
-        """Returns whether the change was made for a person, or mentions the person."""
-        return person == self.at or any(person in (x.of, x.person) for x in self.lines)
+
+class SeenClip(NamedTuple):
+    """The face in a clip, and the name of the film or photo that contains the clip."""
+
+    face: Face
+    video: str  # the name of the file
 
 
 class Subject(NamedTuple):
@@ -92,32 +89,40 @@ class Review:
         `padding` seconds are added before and after each appearance.
         """
         files.refuse_links(out)
-        self._padding = padding
-        self._out, self._gallery = out, Gallery(out / "gallery")
-        self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
+        self._padding, self._rule = padding, Rule(fpir, threshold)
+        self.out, self._gallery, self._log = out, results.open_gallery(out), log.Reader(out)
         self._steps: list[Step] = []
-        self._lines = said.read(out)
         self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
+        self.waiting = 0  # number of changes that are not yet made
         # A person, the key of a face, or "" for the last step -> version of the last change.
         self._changed: dict[str, int] = {}
         self._forms = Forms()
-        self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
-        if decision is None:
-            with lock_changes(out):
-                films = features_folder.read_media_files(out / said.FEATURES)
-                decision = self._decide(self._lines, films, None)
-        self._set_films(decision.films)
-        self._set_names(decision)
+        with log.lock(out, WAIT_SECONDS):
+            self._lines, self._stamp = self._log.read(), self._read_stamp()
+            faces = results.load_faces(out, self._gallery.state)
+            if decision is None or faces.films != decision.films:
+                decision = decide(faces, self._lines, self._rule)
+            self._decision = self._write_numbers(decision)
+        self._set_names(self._decision)
+        self._offers = heirs.find_heirs(self._decision)
 
-    def _set_films(self, films: Sequence[MediaFile]) -> None:
+    def _write_numbers(self, decision: Decision, lines: Sequence[Line] = ()) -> Decision:
+        """Adds `lines` and the new numbers of unknown people to the log; returns the decision."""
+        log.append(self.out, [*lines, *(new := list_new_lines(decision))])
+        self._lines = self._log.read()
+        if not new:
+            return decision
+        media = [*decision.faces.films, *decision.faces.photos]
+        return decision._replace(said=Said(self._lines, media), guesses={})
+
+    def _set_names(self, decision: Decision) -> None:
+        self._decision = decision
+        films = decision.films
         self._films = {film.video: film for film in films}
         self._tracks = {track.clip: track for film in films for track in film.tracks}
         self._face_of = {  # of each clip
             clip: SeenClip(x, film.video) for film in films for clip, x in film.faces.items()
         }
-
-    def _set_names(self, decision: Decision) -> None:
-        self._decision = decision
         # Clip -> appearance on the page, and unknown person -> clips.
         self._shown = {clip: x for x in decision.appearances for clip in x.clips}
         self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
@@ -141,39 +146,36 @@ class Review:
         `version` is None, this is not checked. Raises InUseError if another program holds the lock
         for `wait` seconds.
         """
-        with lock_changes(self._out, wait):
+        with log.lock(self.out, wait):
             self._read_changes()
             latest = max((self._changed.get(key, 0) for key in keys), default=self.version)
             if version is not None and not latest <= version <= self.version:
                 raise OutdatedError("the page was out of date: repeat the change on this new page")
             yield
-            self._stamp = self._stat()
 
-    def _stat(self) -> FileStamp | None:
-        path = self._out / NUMBERS
-        return FileStamp.of(path) if files.exists(path) else None
+    def _read_stamp(self) -> tuple[int | None, ...]:
+        """Returns numbers that differ after another program has changed films or photos."""
+        folders = (self.out / of / media.VIDEOS for of in (FEATURES, PEOPLE))
+        return tuple(x.stat().st_mtime_ns if files.exists(x) else None for x in folders)
 
     def _read_changes(self) -> None:
         """Decides all names anew if another program has changed names or films.
 
-        The caller must hold `lock_changes`.
+        The caller must hold the lock of the log.
         """
-        shown, films = self._decision, self._decision.films
-        last, lines = shown, said.read(self._out)
-        if self._stat() != self._stamp:
-            films = features_folder.read_media_files(self._out / said.FEATURES)
-            is_known = {x.digest for x in films} == {x.digest for x in shown.films}
-            last = shown if is_known else None
-        if not last or lines != self._lines or self._gallery.digest != shown.digest:
-            decision = self._decide(lines, films, last)
-            self._lines = lines
-            self._set_films(films)
-            self._show(decision)
-
-    def _decide(
-        self, lines: Sequence[Line], films: Sequence[MediaFile], last: Decision | None
-    ) -> Decision:
-        return decide(self._gallery, self._out, films, self._identify, last, lines)
+        lines, stamp = self._log.read(), self._read_stamp()
+        if lines == self._lines and stamp == self._stamp:
+            return
+        last, faces = self._decision, self._decision.faces
+        if stamp != self._stamp:
+            last, faces = None, results.load_faces(self.out, self._gallery.state)
+        decision = decide(faces, lines, self._rule, last)
+        self._stamp = stamp
+        if lines[:1] != self._lines[:1]:  # the log was written anew, without steps
+            self._steps = []
+        self._show(self._write_numbers(decision))
+        if last is None:
+            self._offers = heirs.find_heirs(decision)
 
     def refresh(self) -> None:
         """Decides all names anew if another program has changed names or films.
@@ -186,7 +188,8 @@ class Review:
     @property
     def done(self) -> who.WhoResults:
         """The results of `vidjax who` after all changes."""
-        return who.WhoResults(self._decision.count_clips(), self._decision, {})
+        card = card_notes.describe(self._decision.state)
+        return who.WhoResults(self._decision.count_clips(), self._decision, {}, card=card)
 
     def film(self, number: int) -> Path | None:
         """Returns the path of the film at index `number`, or None if it is missing or changed."""
@@ -227,8 +230,8 @@ class Review:
 
         `address` is the path of the thumbnail in the folder of results.
         """
-        path = self._out / address
-        inside = path.is_relative_to(self._out) and ".." not in path.parts
+        path = self.out / address
+        inside = path.is_relative_to(self.out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
@@ -242,6 +245,7 @@ class Review:
             version=self.version, film=view.get("film", ""), person=view.get("person", ""),
             find=view.get("find", ""), first=int(view.get("first", 0)),
             last=self._steps[-1].words if self._steps else "",
+            offers=[(x.key, x.about) for x in self._offers],
         )  # fmt: skip
         self._forms = Forms()
         number_of = {film.video: number for number, film in enumerate(self._decision.films)}
@@ -250,7 +254,8 @@ class Review:
             number = number_of[film.video]
             return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 
-        return results.render_page(self._out, self._decision, address, forms)
+        note = card_notes.describe(self._decision.state)
+        return results.render_page(self.out, self._decision, address, note, forms)
 
     def change(
         self,
@@ -271,6 +276,7 @@ class Review:
             "once": all unknown people who appear only once are ignored.
             "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
             "join": all people and faces become one unknown person, with the lowest number.
+            "take": films take over corrections of other films; `of` are keys, see `heirs.Heir`.
             "twin": faces get the name of another face in the same picture, as in a mirror.
           of: the names of people, and the keys of faces, that are changed.
           name: the new name. If it is `unknown 4`, the people and faces join this unknown person.
@@ -286,6 +292,9 @@ class Review:
             of = self._list_seen_once() if action == "once" else of
             if action == "show" and IGNORED in of:
                 of = [CLIP + clip for clip, x in self._shown.items() if not x.identity]
+            if action == "take":
+                self._take_over(of)
+                return
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
@@ -299,68 +308,83 @@ class Review:
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
-            words, lines, clips = self._list_lines(action, found, name)
-            identities = {clip: self._gallery.clips[clip].identity for clip in clips}
-            step = Step(f"{subject} {words}", found[0].key, said.stamp(lines), identities)
-            self._apply(step.lines, dict.fromkeys(clips, words))
+            words, lines = self._list_lines(action, found, name)
+            lines = self._apply(log.make_step(lines))
+            step = Step(f"{subject} {words}", found[0].key, lines)
             self._steps.append(step)
             self._changed[""] = self.version
             about = self._describe_apart(found, before) if is_apart else "."
             after = found[0].key if action == "deny" and name else after
             self._forms = Forms(message=f"Saved: {step.words}{about}", at=after)
 
+    def _take_over(self, keys: Sequence[str]) -> None:
+        """Takes over corrections, see `heirs`. `keys` are keys of offers, see `Heir.key`."""
+        offers = [x for x in self._offers if x.key in keys]
+        if not offers:
+            raise UserError("the film is no longer on the page: reload the page")
+        for heir in offers:
+            lines = self._apply(heirs.take_over(self._decision, heir))
+            self._steps.append(Step(f"{heir.about}, and has its corrections", "", lines))
+        self._offers = [x for x in self._offers if x not in offers]
+        self._changed[""] = self.version
+        self._forms = Forms(message=f"Saved: {self._steps[-1].words}.")
+
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
-    ) -> tuple[str, list[Line], Collection[str]]:
+    ) -> tuple[str, list[Line]]:
         """Prepares a change of people and faces. For `action` and `name`, see `change`.
 
-        Returns a description of the change, such as `not Ada`; the log lines; and the enrolled
-        clips that the log lines do not rename, see `_give_name`.
+        Returns a description of the change, such as `not Ada`, and the log lines.
         """
         if action in ("ignore", "once"):
-            return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
+            return "ignored", self._ignore(found, once=action == "once")
         if action == "show":
-            return "shown again", self._say(found, "undo"), ()
+            return "shown again", self._say(found, "show")
         if action == "deny" and name:
             if name not in self._decision.people:
                 raise UserError(f"'{name}' is not a person on this page: reload the page")
-            return f"not {name}", self._say(found, "not", of=name), ()
+            return f"not {name}", self._deny(found, name)
         if action in ("deny", "apart"):
             names = dict.fromkeys(x.name for x in found)
-            return f"not {' or '.join(names)}", self._part(found), ()
+            return f"not {' or '.join(names)}", self._part(found)
         if action not in ("name", "twin", "join") or not name:
             raise UserError("the name is empty: type a name")
         if is_unknown(name):
             group = self._find_group(name)
-            return group, self._join(found, parse_group_number(group)), ()
+            return group, self._join(found, parse_group_number(group))
         name = check_person(name)
-        return name, *self._give_name(found, name)
+        return name, self._give_name(found, name)
 
-    def _ignore(self, found: Sequence[Subject], of: str | None) -> list[Line]:
-        lines = self._say(found, "ignore", of=of)
-        find = features_folder.FaceFinder(self._out)
-        photos = {x for subject in found for x in subject.clips} - self._face_of.keys()
-        seen = filter(None, map(find, sorted(photos)))
-        return lines + [said.about(x.face, "is", video=x.video) for x in seen]
+    def _ignore(self, found: Sequence[Subject], *, once: bool) -> list[Line]:
+        """Returns new log lines: faces are ignored, and photos of people show strangers."""
+        lines = self._say(found, "ignore", once=once)
+        clips = {clip for subject in found for clip in subject.clips if is_photo(clip)}
+        faces = {clip: (x, photo.video) for photo in self._decision.faces.photos
+                 for clip, x in photo.faces.items() if clip in clips}  # fmt: skip
+        return lines + [log.about(x, "is", video=video) for x, video in faces.values()]
 
-    def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
+    def _give_name(self, found: Sequence[Subject], name: str) -> list[Line]:
         """Returns new log lines, which say that people and faces have the name `name`.
 
-        Also returns the enrolled clips that the log lines do not rename. The caller must rename
-        these clips in the gallery. Raises UserError if `found` contains neither a known person nor
-        a clear face.
+        Raises UserError if `found` contains neither a known person nor a clear face.
         """
-        people, vectors = self._decision.people, self._decision.vectors
+        people, said, clear = (
+            self._decision.people,
+            self._decision.said,
+            self._decision.faces.usable,
+        )
         renamed = [x.name for x in found if x.is_person and x.name in people]
         faces = [x for x in found if x.name not in renamed or not x.is_person]
-        clear = select_usable_clips(vectors) if vectors else ()
         faces = [x._replace(clips=[clip for clip in x.clips if clip in clear]) for x in faces]
-        lines = [Line(says="rename", person=person, of=name) for person in renamed]
-        lines += self._say(faces, "is", of=name)
-        if not lines:
+        owners = said.find_people(name)
+        others = [person for x in renamed if x != name for person in said.find_people(x)]
+        person = next(iter([*owners, *others]), None) or log.make_key()
+        lines = [Line(says="person", person=person, name=name)] * (not owners)
+        lines += [Line(says="merge", person=x, other=person) for x in others if x != person]
+        told = self._say(faces, "is", person=person)
+        if not told and not renamed:
             raise UserError("no selected face is clear enough to get a name: select another face")
-        known = self._decision.said.names.keys() | people_photos.list_faces(self._gallery).keys()
-        return lines, {clip for person in renamed for clip in people[person]} - known
+        return lines + told
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
         """Returns a log line about each face in `found`, except for faces in enrolled photos.
@@ -368,7 +392,7 @@ class Review:
         `says` is the kind of the line, such as "is". `values` are the other fields of the line.
         """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
-        return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
+        return [log.about(x.face, says, video=x.video, **values) for x in faces if x]
 
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
@@ -396,7 +420,7 @@ class Review:
 
         People in `of` are left out. If a person is enrolled with exactly this name, returns None.
         """
-        people = self._gallery.identities.keys() - {*of}
+        people = self._decision.state.people.keys() - {*of}
         if is_unknown(name) or normal_form(name) in people:
             return None
         letters = {_fold_letters(person): person for person in people}
@@ -406,7 +430,7 @@ class Review:
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
         """Returns the people in `of` whom the new name `name` joins with an enrolled person."""
-        people, name = self._gallery.identities, normal_form(name)
+        people, name = self._decision.state.people, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
@@ -425,60 +449,74 @@ class Review:
             if not self._steps:
                 raise UserError("there is no change to undo")
             step = self._steps[-1]
-            self._apply(said.undo(step.lines), step.clips)
+            of = next((x.step for x in step.lines), None)
+            self._apply(log.make_step([Line(says="undo", of=of)] if of else []))
             self._steps.pop()
             self._changed[""] = self.version
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
             return step.at
 
-    def forget(self, person: str, version: int | None = None) -> None:
-        """Deletes all data of a person, as the command `vidjax forget --delete` does.
+    def forget(self, person: str, version: int | None = None) -> list[str]:
+        """Deletes all data of a person, see the function `forget`. This cannot be undone.
 
-        The features of the person's photos are deleted, too. This cannot be undone. The next page
-        lists files that still contain the name. `version` is the version of the page on which the
+        Returns the paths of photos of the person. `version` is the version of the page on which the
         user has chosen the person.
         """
         with self._lock(version, [person]):
-            if person not in (people := self._decision.people):
+            if person not in self._decision.people:
                 raise UserError(f"'{person}' is no longer on the page: reload the page")
-            places = features_folder.locate_people(self._out)
-            faces = [*filter(None, map(features_folder.PhotoFace.of, sorted(people[person])))]
-            keys, photos = {x.key for x in faces}, people_photos.list_photo_files(self._out)
-            left = {str(x.source.path): None for x in photos if keys & x.faces.keys()}
-            clips = [str(clip) for clip in self._decision.said.list_named(person)]
-            named = self._say([Subject(person, clips, person, is_person=True)], "undo")
-            said.append(self._out, said.stamp(named))
-            forget([person], (), [self._out], delete=True)
-            self._steps = [x for x in self._steps if not x.is_about(person)]
-            self._lines, shown = said.read(self._out), self._decision
-            self._show(self._decide(self._lines, shown.films, shown))
-            self._changed[""] = self.version
-            kept = map(features_folder.PhotoFace.of, self._gallery.clips)
-            for folder in {x.folder for x in faces} - {x.folder for x in kept if x}:
-                features_folder.remove_features(places[folder])
-        with contextlib.suppress(InUseError):  # `vidjax who` writes the results at its end
-            self.save()
-        for place in forget([person], (), list_roots([self._out]))[0]:
-            left |= {str(place.path): None} if place.left else {}
-        lines = [f"Saved: {person} is forgotten in this folder."]
-        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
-        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
-        self._forms = Forms(message="\n".join([*lines, f"To search other folders: {command}"]))
+            left = self._forget([person])
+        return [*left]
+
+    def say(self, message: str) -> None:
+        """Makes the next page show a message."""
+        self._forms = Forms(message=message)
+
+    def _forget(self, names: Collection[str]) -> dict[str, None]:
+        """Forgets people; returns the paths of their photos. The caller must hold the lock.
+
+        The log, the gallery, the tables and the page are written. The features of photos that only
+        show these people are deleted.
+        """
+        said, faces = self._decision.said, self._decision.faces
+        gone = {person for name in names for person in said.find_people(name)}
+        photos, kept = dict[str, None](), list[MediaFile]()
+        for photo in faces.photos:
+            of = [x for clip in photo.faces for x in said.photos.get(clip, {}).values()]
+            people = {x.person and said.find_root(x.person) for x in of}
+            names_them = bool(people & gone or {x.name for x in of} & {*names})
+            if names_them:
+                photos[str(photo.source.path)] = None
+            if names_them and people <= gone:
+                media.remove_media_file(self.out / PEOPLE, _find_stem(photo))
+            else:
+                kept.append(photo)
+            if photo.tags & {*names}:
+                media.remove_tags(self.out / PEOPLE, _find_stem(photo), names)
+        lines = said.write_anew(gone)
+        faces = faces._replace(photos=kept)
+        decision = decide(faces, lines, self._rule)
+        log.replace(self.out, lines)
+        self._steps, self._stamp = [], self._read_stamp()
+        self._show(self._write_numbers(decision))
+        self._changed[""] = self.version
+        self._save()
+        return photos
 
     def has_person(self, name: str) -> bool:
         """Returns whether the page shows a known or unknown person with this name."""
         return name in self._decision.people or name in self._clips_of
 
     def save_later(self) -> None:
-        """Writes the results after a second. If there is a change by then, a later call does it."""
+        """Writes the results after a second. If a change comes or waits, a later call does it."""
         version = self.version
         while self._saved < version:
             time.sleep(IDLE_SECONDS)
-            if version < self.version:
+            if version < self.version or self.waiting:
                 return
             try:
                 self.save(wait=0.0)
-            except InUseError:  # `vidjax who` is running: try again
+            except InUseError:  # another program changes names: try again
                 continue
             except (Expected, OSError):  # the server saves again when it ends
                 return
@@ -486,14 +524,15 @@ class Review:
     def save(self, wait: float = WAIT_SECONDS) -> None:
         """Writes the results if names have changed since the results were last written.
 
-        Raises InUseError if another program uses the folder of results for `wait` seconds.
+        Raises InUseError if another program changes names for `wait` seconds.
         """
-        with files.lock(self._out, "out", wait=wait):
-            self.refresh()
-            version, decision = self.version, self._decision
-            if version > self._saved:
-                results.write(self._out, decision, self._padding)
-                self._saved = version
+        with self._lock(wait=wait):
+            self._save()
+
+    def _save(self) -> None:
+        if self.version > self._saved:
+            results.write(self.out, self._gallery, self._decision, self._padding)
+            self._saved = self.version
 
     def _find(self, of: str) -> Subject:
         """Returns the person or face whose name or key is `of`.
@@ -539,26 +578,32 @@ class Review:
 
         All faces with the same wrong name become one new unknown person.
         """
-        lines, number = list[Line](), self._decision.numbers.highest
+        lines, number, said = list[Line](), self._decision.highest, self._decision.said
         for name, subjects in group_by_key((x.name, x) for x in found).items():
             clips = {clip for x in subjects for clip in x.clips}
-            rest = sorted({*self._clips_of.get(name, ())} - clips)
+            rest = {*self._clips_of.get(name, ())} - clips
             if any(x.is_person for x in subjects) or (name in self._clips_of and not rest):
                 raise UserError(f"you selected all faces of '{name}': select only the wrong faces")
-            number += 1
-            other = self._face_of[rest[0]].face if rest else None
-            own = self._find_number(clips) or number
-            lines += self._say(subjects, "apart", number=own, of=other)
+            own = self._find_number(clips)
+            person = said.find_unknown(own) if own else None
+            if not person:
+                number, person = number + 1, log.make_key()
+                lines.append(Line(says="person", person=person, number=number))
+            lines += self._say(subjects, "same", person=person)
             lines += self._deny(subjects)
         return lines
 
-    def _deny(self, found: Iterable[Subject]) -> list[Line]:
+    def _deny(self, found: Iterable[Subject], name: str = "") -> list[Line]:
         """Returns new lines for the log, which say that the names of the faces `found` are wrong.
 
-        Faces without the name of a known person are left out.
+        If `name` is given, it is the wrong name. Faces without the name of a known person are left
+        out.
         """
-        named = (x for x in found if x.name in self._decision.people)
-        return [line for x in named for line in self._say([x], "not", of=x.name)]
+        named = [(x, name or x.name) for x in found if (name or x.name) in self._decision.people]
+        return [
+            line for x, wrong in named for person in self._decision.said.find_people(wrong)
+            for line in self._say([x], "not", person=person)
+        ]  # fmt: skip
 
     def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
         """Returns new lines for the log that join people and faces into one unknown person.
@@ -567,16 +612,11 @@ class Review:
         unknown person to join. The joint person gets the lowest number.
         """
         numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
-        numbers, lines = numbers | {group}, list[Line]()
-        clip_of = {parse_group_number(x): clips[0] for x, clips in self._clips_of.items()}
-        for number in sorted(numbers):
-            face, video = self._face_of[clip_of[number]]
-            person = f"{UNKNOWN}{number}" if lines else None
-            values = {"of": lines[0].face if lines else face, "person": person, "video": video}
-            lines.append(said.about(face, "same", number=min(numbers), **values))
+        people = [*map(self._decision.said.find_unknown, sorted(numbers | {group}))]
+        lines = [Line(says="merge", person=x, other=people[0]) for x in people]
         faces = [x for x in found if not x.is_person]
-        lines += self._say(faces, "same", number=min(numbers), of=lines[0].face)
-        return lines + self._deny(faces)
+        lines += self._deny(faces)
+        return lines + self._say(faces, "same", person=people[0])
 
     def _find_number(self, clips: Collection[str]) -> int | None:
         """Returns the number of the unknown person who has exactly these clips, or None."""
@@ -610,46 +650,72 @@ class Review:
                 about += f" Another face of the same shot now has the name {name}: {place}."
         return about
 
-    def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Adds `lines` to the log of corrections, and decides all names anew.
+    def _apply(self, lines: Sequence[Line]) -> list[Line]:
+        """Adds `lines` to the log of corrections, and decides all names anew; returns the lines.
 
-        `clips` is enrolled clip -> its new person in the gallery, None for a stranger. After an
-        error, such as a full disk, nothing is changed.
+        After an error, such as a full disk, nothing is changed.
         """
-        # Another program may have removed a clip since the step that is undone.
-        clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
-        before = {clip: self._gallery.clips[clip].identity for clip in clips}
-        try:
-            self._relabel(clips)
-            decision = self._decide([*self._lines, *lines], shown.films, shown)
-            numbered = [_number_again(line, decision) for line in lines]
-            if numbered != lines:
-                lines = numbered
-                decision = self._decide([*self._lines, *lines], shown.films, shown)
-            said.append(self._out, lines)
-        except BaseException:  # a full disk, or too few strangers for `fpir`
-            self._relabel(before)
-            with contextlib.suppress(Expected, OSError):
-                self._decision = self._decide(self._lines, self._decision.films, self._decision)
-            raise
-        self._lines = [*self._lines, *lines]
-        self._show(decision)
-
-    def _relabel(self, clips: Mapping[str, str | None]) -> None:
-        with self._gallery.change(log=False) as draft:
-            for clip, name in clips.items():
-                if draft.clips[clip].identity != name:
-                    draft.relabel(clip, name)
+        shown, before = self._decision, self._lines
+        decision = decide(shown.faces, [*before, *lines], self._rule, shown)
+        numbered = _number_again(lines, decision)
+        if numbered != lines:
+            lines = numbered
+            decision = decide(shown.faces, [*before, *lines], self._rule, shown)
+        self._show(self._write_numbers(decision, lines))
+        return [*lines]
 
 
-def _number_again(line: Line, decision: Decision) -> Line:
-    """Gives an "apart" line the number of its face in `decision`; returns other lines unchanged."""
-    if line.says != "apart" or not (face := line.face):
-        return line
-    groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(face))
-    group = next(filter(None, groups), None)
-    number = parse_group_number(group) if group else line.number
-    return msgspec.structs.replace(line, number=number)
+def forget(out: Path, names: Collection[str]) -> None:
+    """Forgets people in the folder of results `out`: writes log, gallery, tables and page anew.
+
+    `names` are present or earlier names. Raises UserError or OSError if a file cannot be written;
+    the next call then repeats the work.
+    """
+    review = Review(out)
+    with review._lock():
+        review.version += 1  # the tables are written, even if the log does not know the names
+        review._forget(names)
+
+
+def parse_name(review: Review, text: str) -> tuple[list[str], str]:
+    """Reads a text such as `unknown 3=Ada`; returns ([present name], new name) for `change`.
+
+    Raises UserError if the page shows nobody with the present name.
+    """
+    parts = text.split("=")
+    for number in range(len(parts) - 1, 0, -1):  # names may contain `=`
+        old, new = ("=".join(x).strip() for x in (parts[:number], parts[number:]))
+        if review.has_person(old):
+            return [old], new
+    raise UserError(
+        f"--name={text}: the results show nobody with the name before the ="
+        '\ngive a name in names.tsv and a new name, such as --name="unknown 3=Ada"'
+    )
+
+
+def _find_stem(photo: MediaFile) -> str:
+    clip = photo.tracks[0].clip if photo.tracks else photo.sha256[:16]
+    return clip.removeprefix(f"{PEOPLE}/").partition(".")[0]
+
+
+def _number_again(lines: Sequence[Line], decision: Decision) -> list[Line]:
+    """Replaces new unknown people by the unknown people of their faces in `decision`.
+
+    A face that was taken out of a person may look like another unknown person.
+    """
+    new = {x.person: x.number for x in lines if x.says == "person" and x.number}
+    present = dict[str, str]()
+    for line in lines:
+        if line.says == "same" and line.person and line.person in new and line.face:
+            groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(line.face))
+            group = next(filter(None, groups), None)
+            key = decision.said.find_unknown(parse_group_number(group)) if group else None
+            if key and key != line.person:
+                present[line.person] = key
+    return [
+        msgspec.structs.replace(x, person=present.get(str(x.person), x.person)) for x in lines
+        if not (x.says == "person" and x.number and x.person in present)
+    ]  # fmt: skip
 
 
 def _fold_letters(name: str) -> str:

@@ -5,7 +5,12 @@
     OUT/extract.json        the nets and settings, which are the same for all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
-STEM is the name of the video without its ending and without dots. A shot is a part of a video
+STEM is the name of the video without its ending and without dots. If another video has this STEM,
+`~` and 8 digits of the digest, `MediaFile.sha256`, are added. In a folder of photos of people, STEM
+is the first 16 digits of the digest, so that names of clips contain no names of people. A video
+keeps its STEM as long as it shows the same, even if its file is moved or renamed.
+
+A shot is a part of a video
 between two cuts. A track is all faces of one person in a shot. Each track is a clip: the clip
 `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a shot, such as
 `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces has the clips
@@ -23,42 +28,61 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
-from vidjax.apps.said import FEATURES, PEOPLE, Face, Seconds, make_face
 from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils import files, json_files, names as names_lib
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
-from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
+from vidjax.utils.names import check_name
 
 NAME = "extract.json"
-NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
+RESULTS = "said.jsonl"  # marks a folder with results of `vidjax who`
+FEATURES, PEOPLE = "features", "people"  # folders in the results, with features
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
+FORMAT = 4  # of all JSON files in the folder
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
+MOST_COPIES = 100  # places of a film or photo that are remembered, besides its first place
 # The mean brightness below which faces are not found. CenterFace found all faces in a film that was
 # darkened to 0.06 of its brightness, and none at 0.03.
 DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
+MOST_PLACES = 5  # of a face in the log
+DIGEST_DIGITS = 16  # of the digest of a photo of people, as its stem
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
+OLD_REMEDY = "name a new folder, or delete this folder, and extract the files again"
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
 # The first of two halves, for the filter `crop` of ffmpeg. `scale` restores the width or height.
 Layout = Literal[
     "iw:ih/2:0:0", "iw:ih/2:0:0,scale=iw:2*ih", "iw/2:ih:0:0", "iw/2:ih:0:0,scale=2*iw:ih"
 ]  # fmt: skip
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Orientation = Annotated[int, Meta(ge=1, le=8)]  # of EXIF
+OptionalSha256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
+Area = tuple[Share, Share, Share, Share]  # left, top, width and height of a face
+
+
+class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A face, in a form that does not depend on nets, file names and names of clips."""
+
+    film: Sha256  # the digest of the film or photo, see `MediaFile.sha256`
+    at: Seconds
+    box: Area
+    places: Annotated[tuple[tuple[Seconds, Area], ...], Meta(max_length=100)] = ()  # by time
+    turn: Orientation = 1  # the orientation of the film or photo when the face was described
 
 
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
@@ -74,9 +98,15 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 class Extraction(Struct, kw_only=True):
     """The contents of `extract.json`: the nets and settings with which features were computed."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = FORMAT
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]  # role -> sha256 of the card
     settings: ExtractionSettings
+
+
+class _Version(Struct):
+    """The format of `extract.json`."""
+
+    format: int = FORMAT
 
 
 class FaceTrack(Struct, kw_only=True):
@@ -111,6 +141,27 @@ class FaceTrack(Struct, kw_only=True):
         return self.clarity < LEAST_CLARITY
 
 
+def make_face(film: str, track: FaceTrack, turn: int = 1) -> Face | None:
+    """Returns the face in the clip `track`, or None if the box of the face is not known.
+
+    `film` is the digest of the film or photo, and `turn` the orientation of its pictures.
+    """
+    if track.box is None:
+        return None
+    places = track.places
+    if len(places) > MOST_PLACES:
+        last = len(places) - 1
+        places = [places[round(n * last / (MOST_PLACES - 1))] for n in range(MOST_PLACES)]
+    at = track.start_s if track.box_at_s is None else track.box_at_s
+    rest = tuple((seconds, _to_area(box)) for seconds, box in places)
+    return Face(film=film, at=at, box=_to_area(track.box), places=rest, turn=turn)
+
+
+def _to_area(box: Box) -> Area:
+    left, top, right, bottom = box
+    return left, top, round(max(right - left, 0.0), 6), round(max(bottom - top, 0.0), 6)
+
+
 class FileStamp(Struct, kw_only=True, frozen=True):
     """The path, size, times and other properties that show whether a file has changed.
 
@@ -128,10 +179,9 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
         """Reads the properties of a file, and of `sidecars`, the files with a photo's face tags."""
-        info, real = path.stat(), os.fsencode(os.path.realpath(path))
-        stats = [sidecar.stat() for sidecar in sidecars]
+        info, stats = path.stat(), [sidecar.stat() for sidecar in sidecars]
         return cls(
-            address=urllib.parse.quote(real),
+            address=make_address(path),
             size=info.st_size,
             mtime_ns=info.st_mtime_ns,
             inode=info.st_ino,
@@ -143,15 +193,44 @@ class FileStamp(Struct, kw_only=True, frozen=True):
         """The absolute path of the file."""
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether the file is at its path and has not changed. Sidecar files do not count."""
+        try:
+            return FileStamp.of(self.path) == msgspec.structs.replace(self, sidecars=())
+        except OSError:
+            return False
+
+
+class Content(Struct, kw_only=True, frozen=True):
+    """What a film or photo shows. While it stays equal, the file is not read again."""
+
+    # The digest of a film is the sha256 of the compressed pictures that are read, see
+    # `decode.Video.identify`. For photos, see `digests.digest_photo`. The digest stays equal if
+    # only the title, the metadata or the container changes.
+    sha256: Sha256
+    # The EXIF orientation that turns the stored picture upright. Films store an angle: 0, 90, 180
+    # and 270 degrees clockwise are 1, 6, 3 and 8.
+    orientation: Orientation = 1
+    # A digest of the face tags of a photo; "" if there are no tags, or if tags are not read.
+    tags_sha256: OptionalSha256 = ""
+
 
 class MediaFile(Struct, kw_only=True, dict=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = FORMAT
     # The name of the file. If two names are equal, `read_media_files` adds their folders.
     video: Text
+    # The place of the file when it was last seen. If the file is missing, or another file is at its
+    # place, `source.is_valid` is False.
     source: FileStamp
+    # The places of other files that show the same.
+    copies: Annotated[list[FileStamp], Meta(max_length=MOST_COPIES)] = []
+    # The next three fields are explained in `Content`.
     sha256: Sha256
+    orientation: Orientation = 1
+    tags_sha256: OptionalSha256 = ""
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.
@@ -183,6 +262,32 @@ class MediaFile(Struct, kw_only=True, dict=True):
             raise ValueError("`lost_tags` or a `name` in `tracks` is no valid name of a person")
 
     @property
+    def content(self) -> Content:
+        """What the film or photo shows."""
+        return Content(
+            sha256=self.sha256, orientation=self.orientation, tags_sha256=self.tags_sha256
+        )
+
+    @property
+    def path(self) -> Path:
+        """The path of the file. If another film has taken the place, the name of the file differs.
+
+        Then no file is at the path, so that nobody takes the other film for this film.
+        """
+        path, name = self.source.path, PurePath(self.video).name
+        return path if make_printable(path.name) == name else path.with_name(name)
+
+    @property
+    def address(self) -> str:
+        """The path, with special characters quoted as in a URL (`%20`)."""
+        return urllib.parse.quote(os.fsencode(self.path))
+
+    @property
+    def stamps(self) -> list[FileStamp]:
+        """The places of the file and of its copies."""
+        return [self.source, *self.copies]
+
+    @property
     def is_dark(self) -> bool:
         """Whether the pictures are so dark that no face was found."""
         return not self.tracks and (self.brightness or 1.0) < DARK
@@ -196,7 +301,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
         """Name of a clip -> the face in the clip. Clips without a known box are left out."""
-        faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
+        turn = self.orientation
+        faces = ((track.clip, make_face(self.sha256, track, turn)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
 
     @property
@@ -221,6 +327,11 @@ def make_stem(path: Path) -> str:
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
 
+def make_address(path: Path) -> str:
+    """Returns `FileStamp.address` of a path, which need not exist."""
+    return urllib.parse.quote(os.fsencode(os.path.realpath(path)))
+
+
 def make_printable(name: str) -> str:
     """Replaces the unprintable characters of a name by `_`."""
     return "".join(letter if letter.isprintable() else "_" for letter in name)
@@ -232,9 +343,21 @@ def locate_thumbnail(folder: Path, clip: str) -> Path:
 
 
 def read_extraction(folder: Path) -> Extraction | None:
-    """Reads `extract.json` in a folder of features. Returns None if the file does not exist."""
+    """Reads `extract.json` in a folder of features. Returns None if the file does not exist.
+
+    Raises UserError if the file is damaged, or if an earlier version of vidjax wrote it.
+    """
     path = folder / NAME
-    return json_files.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
+    if not files.exists(path):
+        return None
+    if _is_old(path):
+        raise UserError(f"'{folder}' was written by an earlier version of vidjax: {OLD_REMEDY}")
+    return json_files.read(path, Extraction, REMEDY, FILE_BYTES)
+
+
+def _is_old(path: Path) -> bool:
+    """Returns whether an earlier version of vidjax wrote the file `extract.json` at `path`."""
+    return json_files.read(path, _Version, REMEDY, FILE_BYTES).format < FORMAT
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
@@ -271,15 +394,21 @@ def read_media_files(folder: Path) -> list[MediaFile]:
 def _distinguish(twins: Sequence[MediaFile]) -> None:
     """Adds folders to the names of films with equal file names: `a/x.mp4` and `b/x.mp4`.
 
-    As many folders are added as are needed to distinguish the films.
+    As many folders are added as are needed to distinguish the films. If other films had the path of
+    a film before it, their names are `x (earlier 1).mp4`, `x (earlier 2).mp4`, and so on.
     """
-    parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
+    at = group_by_key((film.source.path, film) for film in twins)
+    parts = [[*map(make_printable, path.parts)] for path in at]
     # In this order, the paths with the longest common end are neighbours.
     neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))
     equal = (map(operator.eq, *pair) for pair in neighbours)
-    depth = 1 + max(sum(itertools.takewhile(bool, pair)) for pair in equal)
-    for film, part in zip(twins, parts, strict=True):
-        film.video = "/".join(part[-depth:])
+    depth = 1 + max((sum(itertools.takewhile(bool, pair)) for pair in equal), default=0)
+    for part, films in zip(parts, at.values(), strict=True):
+        path = PurePath(*part[-depth:])
+        films.sort(key=lambda film: (film.source.is_valid, film.source.mtime_ns), reverse=True)
+        for number, film in enumerate(films):
+            name = f"{path.stem} (earlier {number}){path.suffix}" if number else path.name
+            film.video = str(path.with_name(name))
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
@@ -317,71 +446,26 @@ def has_features(out: Path, stem: str) -> bool:
     return files.exists(out / f"{stem}.npz")
 
 
-class PhotoFace(NamedTuple):
-    """A face in a photo from a folder with the name of a person.
+def is_earlier(out: Path) -> bool:
+    """Returns whether an earlier version of vidjax wrote the folder of results `out`."""
+    features, photos = (out / folder / NAME for folder in (FEATURES, PEOPLE))
+    return (
+        files.exists(out / "unknown.json")
+        or any(files.exists(path) and _is_old(path) for path in (features, photos))
+        or (files.exists(features) and not files.exists(out / RESULTS))
+    )
 
-    `str(face)` is the name of the face in the gallery: `people/Ada/IMG_1.f02` is face 2 of a photo
-    from the folder Ada. If a face tag names this face Bob, it is `people/Ada/IMG_1.f02/Bob`.
+
+def remove_tags(out: Path, stem: str, names: Collection[str]) -> None:
+    """Removes face tags with the given names from the description of a photo.
+
+    `out` is the folder of features, and `stem` the first part of the names of the photo's clips.
     """
-
-    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
-    clip: str  # the name of the clip in these features
-    person: str  # the name of the folder, or the name in the face tag
-
-    def __str__(self) -> str:
-        return self.key + ("" if self.person == self.folder else f"/{self.person}")
-
-    @property
-    def key(self) -> str:
-        """`str(face)` without a tag: `people/Ada/IMG_1.f02`, not `people/Ada/IMG_1.f02/Bob`."""
-        return f"{PEOPLE}/{self.folder}/{self.clip}"
-
-    @classmethod
-    def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses a name such as `people/Ada/IMG_1.f02/Bob`; returns None for a clip of a film."""
-        parts = clip.split("/", 3)
-        if parts[0] != PEOPLE or len(parts) < 3:
-            return None
-        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
-
-
-def locate_people(out: Path, names: Iterable[str] = ()) -> dict[str, Path]:
-    """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
-
-    If a person in `names` has no folder yet, the path is a new name that all file systems allow,
-    see `make_folder_name`. This function makes no folder.
-    """
-    known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
-    taken = {path.name.casefold() for path in known.values()}
-    for name in names:
-        if name not in known:
-            known[name] = out / PEOPLE / make_folder_name(name, taken)
-            taken.add(known[name].name.casefold())
-    return known
-
-
-class SeenClip(NamedTuple):
-    """The face in a clip, and the name of the film or photo that contains the clip."""
-
-    face: Face
-    video: str  # the name of the file
-
-
-class FaceFinder:
-    """Finds the face in a clip by the clip's name. Reads each file of the results only once."""
-
-    def __init__(self, out: Path):
-        self._out, self._people = out, locate_people(out)
-        self._read = functools.cache(describe_media_file)
-
-    def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face of `clip`, or None if the folder of results has no face of this clip."""
-        folder = self._out / FEATURES
-        if photo := PhotoFace.of(clip):
-            folder, clip = self._people.get(photo.folder), photo.clip
-        film = self._read(folder, clip.partition(".")[0]) if folder else None
-        face = film.faces.get(clip) if film else None
-        return SeenClip(face, film.video) if film and face else None
+    if photo := describe_media_file(out, stem):
+        for track in photo.tracks:
+            track.name = None if track.name in names else track.name
+        photo.lost_tags = [name for name in photo.lost_tags if name not in names]
+        write(out / VIDEOS / f"{stem}.json", photo)
 
 
 def set_aside(out: Path) -> None:
@@ -438,15 +522,6 @@ def remove_thumbnails(out: Path) -> bool:
 def _remove_pictures(folder: Path) -> None:
     # The name of the folder is the stem of the video.
     files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
-
-
-def remove_features(out: Path) -> bool:
-    """Removes a folder of features. Returns False if files of other programs remain."""
-    if files.exists(out / NAME):
-        remove_thumbnails(out)
-        remove_leftovers(out, set())
-        files.remove_ours(out / VIDEOS, "")
-    return files.remove_ours(out, rf"\.lock|{re.escape(NAME)}")
 
 
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:

@@ -1,0 +1,137 @@
+"""Knows which film or photo is where, in a folder of features.
+
+A film is what it shows, see `media.Content`. Its file may be renamed, moved, copied,
+deleted, or replaced by another film. The film keeps its stem, the first part of the names of its
+clips.
+"""
+
+import threading
+from pathlib import Path
+
+from vidjax.apps.video import media
+from vidjax.apps.video.media import MOST_COPIES, VIDEOS, Content, FileStamp, MediaFile
+from vidjax.apps.video.media_files import has_files, is_missing
+from vidjax.utils import files
+
+
+class MediaFolder:
+    """The films and photos of a folder of features, and the places of their files.
+
+    Several threads may use one object. They change it only while they hold `lock`. `tagged` is
+    explained in `pipeline.extract_folders`.
+    """
+
+    def __init__(self, out: Path, *, tagged: bool):
+        self.out, self.tagged, self.lock = out, tagged, threading.Lock()
+        self.films = media.describe_media_files(out)  # stem -> description
+        self.used = set[str]()  # the stems of the films that this call has found
+        self.stem_of: dict[str, str] = {}  # digest of a film -> its stem
+        self._at: dict[str, str] = {}  # address -> the stem of the film that was last seen there
+        self._seen: dict[FileStamp, str] = {}  # the properties of a file -> stem of its film
+        self._taken = {stem.lower() for stem in self.films}
+        # Another film may have replaced an earlier film at its place.
+        for stem in sorted(self.films, key=lambda stem: self.films[stem].source.mtime_ns):
+            self._index(stem)
+        self.complete = {stem for stem in self.films if self._is_complete(stem)}
+
+    def _index(self, stem: str) -> None:
+        film = self.films[stem]
+        self.stem_of[film.sha256] = stem
+        for stamp in reversed(film.stamps):
+            self._at[stamp.address] = self._seen[stamp] = stem
+
+    def _is_complete(self, stem: str) -> bool:
+        """Returns whether the features of a film, and its thumbnails if they are kept, exist."""
+        lacks_pictures = media.lacks_pictures(self.out, stem)
+        return media.has_features(self.out, stem) and not lacks_pictures
+
+    def recognise(self, stamp: FileStamp) -> str | None:
+        """Returns the stem of the film in a file that has not changed, if its features exist."""
+        stem = self._seen.get(stamp)
+        return stem if stem in self.complete else None
+
+    def list_known(self, sha256: str) -> tuple[dict[str, str], list[Content]]:
+        """Returns the stem of each digest, and the contents that need not be read again.
+
+        If `sha256`, the digest of a photo, is not "", the result is only about this digest.
+        """
+        digests = [sha256] if sha256 else [*self.stem_of]
+        stems = {x: self.stem_of[x] for x in digests if self.stem_of.get(x) in self.films}
+        return stems, [self.films[x].content for x in stems.values() if x in self.complete]
+
+    def find_at(self, address: str) -> MediaFile | None:
+        """Returns the film that was last seen at an address, see `FileStamp`, or None."""
+        return self.films.get(self._at.get(address, ""))
+
+    def choose_stem(self, path: Path, address: str) -> tuple[str, bool]:
+        """Returns the stem of a file if it shows a new film, and whether another film has the stem.
+
+        `address` is the address of `path`, see `FileStamp`. No two calls return the same free stem.
+        In a folder of tagged photos, the stem is "",
+        because it is made of the digest.
+        """
+        if self.tagged:
+            return "", False
+        stem = media.make_stem(path)
+        if self.find_at(address):
+            return stem, True
+        is_taken = stem.lower() in self._taken
+        self._taken.add(stem.lower())
+        return stem, is_taken
+
+    def place(self, stem: str, stamp: FileStamp, name: str) -> bool:
+        """Notes that a file with a name shows the film `stem`. Returns whether the file is a copy.
+
+        If the film is not at its earlier place, the file becomes its first place.
+        """
+        film = self.films[stem]
+        before = film.video, film.stamps
+        others = [x for x in film.stamps if x.address != stamp.address]
+        is_copy = film.source.address != stamp.address and film.source.is_valid
+        if is_copy:
+            others = [*others[1:], stamp]
+        else:
+            film.source, film.video = stamp, media.make_printable(name)
+        film.copies = keep_places(others, surely=self.tagged)
+        if before != (film.video, film.stamps):
+            media.write(self.out / VIDEOS / f"{stem}.json", film)
+            self._index(stem)
+        return is_copy
+
+    def add(self, stem: str, film: MediaFile) -> None:
+        """Adds a film after its features were written, and writes its description."""
+        media.write(self.out / VIDEOS / f"{stem}.json", film)
+        self.films[stem] = film
+        self._index(stem)
+        self.complete.add(stem)
+
+    def remove(self, stem: str) -> None:
+        """Removes the features, the description and the thumbnails of a film."""
+        media.remove_media_file(self.out, stem)
+        self.films.pop(stem, None)
+        self.complete.discard(stem)
+
+    def follow_copies(self) -> None:
+        """Makes a copy the first place of each film that is not at its place, and was not found."""
+        for stem, film in self.films.items():
+            is_lost = stem not in self.used and film.copies and not film.source.is_valid
+            if is_lost and (there := next((x for x in film.copies if x.is_valid), None)):
+                self.place(stem, there, there.path.name)
+
+
+def keep_places(stamps: list[FileStamp], *, surely: bool) -> list[FileStamp]:
+    """Returns the places where a file still is, or may be: its drive may not be connected.
+
+    If `surely` is True, returns only the places where the file is: the name of a folder of photos
+    is the name of a person, who may have another name now.
+    """
+
+    def may_be(stamp: FileStamp) -> bool:
+        return not (surely or files.exists(stamp.path) or is_deleted(stamp.path))
+
+    return [x for x in stamps if x.is_valid or may_be(x)][-MOST_COPIES:]
+
+
+def is_deleted(path: Path) -> bool:
+    """Returns whether a file is missing in a folder that contains other files."""
+    return is_missing(path) and has_files(path.parent)
