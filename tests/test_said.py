@@ -22,6 +22,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.drawn_people import Drawn, restore, write_photo
 from tests.helpers.interrupted import count_down
 from tests.helpers.seen import contents, refused
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.video import actions, decide, log, media, results
 from vidjax.apps.video.faces import find_first, match
@@ -346,13 +347,12 @@ def test_line_about_a_long_track_has_few_places_from_its_begin_to_its_end():
 def test_damaged_line_is_named_with_its_file_and_number(tmp_path, line, words):
     begin, line = [say("a", "is"), say("b", "is")], line.replace("KEY", ADA)
     log.append(tmp_path, begin)
-    path, reader = tmp_path / log.NAME, log.Reader(tmp_path)
+    path = tmp_path / log.NAME
     before = path.read_bytes()
-    reader.read()
     for end in (b"\n", b""):  # also as the last line, without a line break
         path.write_bytes(before + line.encode("latin-1") + end)
-        for read in (reader.read, partial(log.read, tmp_path)):
-            refused(read, "line 4 of", str(path), words, "repair or delete this line")
+        read = partial(log.read, tmp_path)
+        refused(read, "line 4 of", str(path), words, "repair or delete this line")
         path.write_bytes(before)
         assert log.read(tmp_path)[1:] == begin
 
@@ -378,25 +378,29 @@ def test_log_survives_killed_programs_editors_and_hands(tmp_path):
     assert log.read(tmp_path) == []
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_reading_only_new_lines_gives_the_whole_log(tmp_path, seed):
-    rng, path, reader = random.Random(seed), tmp_path / log.NAME, log.Reader(tmp_path)
+@pytest.mark.parametrize("seed", quick_first(range(10), 2))
+def test_page_follows_a_log_that_others_change(tmp_path, seed):
+    rng = random.Random(seed)
+    shelf = made_shelf.make(tmp_path / "shelf", people=4, films=1, known=2, faces=8)
+    path, page, new = shelf.out / log.NAME, actions.Review(shelf.out), tmp_path / "new"
     lines = number_steps(make_steps(rng, 30))
+    new.mkdir()
     for _ in range(30):
         some, act = rng.sample(lines, rng.randrange(4)), rng.random()
         if act < 0.6:
-            log.append(tmp_path, some)
+            log.append(shelf.out, some)
         elif act < 0.7:
-            log.replace(tmp_path, [Line(says="begin", number=9), *some])
+            log.replace(shelf.out, [Line(says="begin", number=9), *some])
         elif act < 0.8:  # a file with the same inode, as a file system may give it again
-            (tmp_path / "new").mkdir(exist_ok=True)
-            log.replace(tmp_path / "new", [Line(says="begin", number=9), *lines])
-            path.write_bytes((tmp_path / "new" / log.NAME).read_bytes())
-        elif path.exists():
+            log.replace(new, [Line(says="begin", number=9), *lines])
+            path.write_bytes((new / log.NAME).read_bytes())
+        else:
             path.write_bytes(path.read_bytes()[: -rng.randrange(1, 30)])  # a kill
         if rng.random() < 0.5:
-            assert reader.read() == log.read(tmp_path)
-    assert reader.read() == log.read(tmp_path)
+            page.refresh()
+            assert page.lines == log.read(shelf.out)
+    page.refresh()
+    assert page.lines == log.read(shelf.out)
 
 
 def test_simultaneous_writers_lose_no_line(tmp_path):
@@ -416,17 +420,18 @@ def test_simultaneous_writers_lose_no_line(tmp_path):
 
 
 def test_log_that_a_user_edits_while_a_page_is_open_is_read_again(tmp_path):
-    key, reader = log.make_key(), log.Reader(tmp_path)
-    log.append(tmp_path, [Line(says="person", person=key, name="Ann") for _ in range(9)])
-    assert reader.read() == log.read(tmp_path)
-    path = tmp_path / log.NAME
-    for later, name in enumerate(("Eva", "Eva Maria", "Bo"), 1):  # as long, longer and shorter
+    shelf = made_shelf.make(tmp_path, people=2, films=1, known=1, faces=4)
+    page, path = actions.Review(shelf.out), shelf.out / log.NAME
+    key = next(line.person for line in page.lines if line.name == "Ada")
+    # Names that are as long as the name before, longer and shorter.
+    for later, name in enumerate(("Eva", "Eva Maria", "Bo"), 1):
         path.write_text(re.sub('"name":"[^"]+"', f'"name":"{name}"', path.read_text()))
         os.utime(path, (0, later))
-        lines = reader.read()
-        assert lines == log.read(tmp_path) and lines[-1].name == name
-        log.append(tmp_path, [Line(says="person", person=key, name=name)])
-        assert reader.read() == log.read(tmp_path)
+        page.refresh()
+        assert page.lines == log.read(shelf.out) and page.has_person(name)
+        log.append(shelf.out, [Line(says="person", person=key, name=name)])
+        page.refresh()
+        assert page.lines == log.read(shelf.out)
 
 
 # Files of results of earlier versions: their log begins with another line, or is not there yet.
@@ -475,7 +480,7 @@ def test_names_and_gallery_of_results_follow_from_lines_that_a_person_wrote(tmp_
     assert names()[clip] is None
     page.undo()
     page.save()
-    assert names()[clip] == "Wu" and results.open_gallery(shelf.out).people["Wu"] == (clip,)
+    assert names()[clip] == "Wu" and Gallery(shelf.out / results.GALLERY).people["Wu"] == (clip,)
 
 
 # Changes of a page, and a face.

@@ -17,6 +17,7 @@ import msgspec
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import FACE, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import heirs, log, media, results, still, who
 from vidjax.apps.video.decide import Decision, Rule, decide, list_new_lines
 from vidjax.apps.video.log import Line
@@ -90,7 +91,8 @@ class Review:
         """
         files.refuse_links(out)
         self._padding, self._rule = padding, Rule(fpir, threshold)
-        self.out, self._gallery, self._log = out, results.open_gallery(out), log.Reader(out)
+        self.out, self.lines = out, log.read(out)  # of the log; refuses earlier versions
+        self._gallery = Gallery(out / results.GALLERY)
         self._steps: list[Step] = []
         self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
         self.waiting = 0  # number of changes that are not yet made
@@ -98,10 +100,10 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         with log.lock(out, WAIT_SECONDS):
-            self._lines, self._stamp = self._log.read(), self._read_stamp()
+            self.lines, self._stamps = log.read(out), self._read_stamps()
             faces = results.load_faces(out, self._gallery.state)
             if decision is None or faces.films != decision.films:
-                decision = decide(faces, self._lines, self._rule)
+                decision = decide(faces, self.lines, self._rule)
             self._decision = self._write_numbers(decision)
         self._set_names(self._decision)
         self._offers = heirs.find_heirs(self._decision)
@@ -109,11 +111,11 @@ class Review:
     def _write_numbers(self, decision: Decision, lines: Sequence[Line] = ()) -> Decision:
         """Adds `lines` and the new numbers of unknown people to the log; returns the decision."""
         log.append(self.out, [*lines, *(new := list_new_lines(decision))])
-        self._lines = self._log.read()
+        self.lines, self._stamps[0] = [*self.lines, *lines, *new], self._read_stamps()[0]
         if not new:
             return decision
-        media = [*decision.faces.films, *decision.faces.photos]
-        return decision._replace(said=Said(self._lines, media), guesses={})
+        films = [*decision.faces.films, *decision.faces.photos]
+        return decision._replace(said=Said(self.lines, films), guesses={})
 
     def _set_names(self, decision: Decision) -> None:
         self._decision = decision
@@ -153,26 +155,30 @@ class Review:
                 raise OutdatedError("the page was out of date: repeat the change on this new page")
             yield
 
-    def _read_stamp(self) -> tuple[int | None, ...]:
-        """Returns numbers that differ after another program has changed films or photos."""
+    def _read_stamps(self) -> list[FileStamp | None]:
+        """Returns the properties of the log, and of the folders that list the films and photos.
+
+        One of them differs after another program has changed names, films or photos.
+        """
         folders = (self.out / of / media.VIDEOS for of in (FEATURES, PEOPLE))
-        return tuple(x.stat().st_mtime_ns if files.exists(x) else None for x in folders)
+        paths = (self.out / log.NAME, *folders)
+        return [FileStamp.of(x) if files.exists(x) else None for x in paths]
 
     def _read_changes(self) -> None:
         """Decides all names anew if another program has changed names or films.
 
         The caller must hold the lock of the log.
         """
-        lines, stamp = self._log.read(), self._read_stamp()
-        if lines == self._lines and stamp == self._stamp:
+        stamps, last, faces = self._read_stamps(), self._decision, self._decision.faces
+        if stamps == self._stamps:
             return
-        last, faces = self._decision, self._decision.faces
-        if stamp != self._stamp:
+        if stamps[1:] != self._stamps[1:]:
             last, faces = None, results.load_faces(self.out, self._gallery.state)
+        lines = log.read(self.out)
         decision = decide(faces, lines, self._rule, last)
-        self._stamp = stamp
-        if lines[:1] != self._lines[:1]:  # the log was written anew, without steps
+        if lines[:1] != self.lines[:1]:  # the log was written anew, without steps
             self._steps = []
+        self.lines, self._stamps = lines, stamps
         self._show(self._write_numbers(decision))
         if last is None:
             self._offers = heirs.find_heirs(decision)
@@ -497,7 +503,7 @@ class Review:
         faces = faces._replace(photos=kept)
         decision = decide(faces, lines, self._rule)
         log.replace(self.out, lines)
-        self._steps, self._stamp = [], self._read_stamp()
+        self._steps, self.lines = [], log.read(self.out)
         self._show(self._write_numbers(decision))
         self._changed[""] = self.version
         self._save()
@@ -655,7 +661,7 @@ class Review:
 
         After an error, such as a full disk, nothing is changed.
         """
-        shown, before = self._decision, self._lines
+        shown, before = self._decision, self.lines
         decision = decide(shown.faces, [*before, *lines], self._rule, shown)
         numbered = _number_again(lines, decision)
         if numbered != lines:
@@ -728,4 +734,4 @@ def _find_source(film: MediaFile) -> Path | None:
     # A malicious folder of results may name any file of this disk as a film, but the folder cannot
     # contain the right size, time and inode of the file. So this file is not sent.
     path = film.source.path
-    return path if path.is_file() and FileStamp.of(path) == film.source else None
+    return path if path.is_file() and film.source.is_valid else None

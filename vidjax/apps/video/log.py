@@ -45,7 +45,6 @@ from vidjax.utils.json_files import Sha256, Text
 NAME = "said.jsonl"
 STRANGERS = "strangers"  # the folder of photos of people who must not get a name
 MOST_BYTES = 256 * files.MB  # the largest log that is read
-MOST_BEGIN = 200  # bytes of the first and the last line, which differ if the log was replaced
 CUT = "Input data was truncated"  # msgspec says so about the beginning of a line
 ENCODER = msgspec.json.Encoder()
 Key = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -126,65 +125,24 @@ def read(out: Path) -> list[Line]:
     Raises UserError if a line is damaged, or if an earlier version of vidjax wrote the log. If a
     killed program has not finished the last line, this line is left out.
     """
-    return Reader(out).read()
-
-
-class Reader:
-    """Reads a log again and again. If the log has only grown, only the new lines are read.
-
-    If a user has edited the log, all lines are read.
-    """
-
-    def __init__(self, out: Path):
-        self._path, self._lines = out / NAME, list[Line]()
-        self._begin, self._end, self._count = b"", 0, 0  # first bytes; bytes and lines so far
-        self._last, self._stamp = b"", (0, 0)  # last bytes; size and time of the file
-
-    def read(self) -> list[Line]:
-        """Returns all lines of the log. For errors, see the function `read`."""
-        if not files.exists(self._path):
-            return []
-        with files.open_regular(self._path) as file:
-            info, begin = os.fstat(file.fileno()), file.readline(MOST_BEGIN)
-            size, stamp = info.st_size, (info.st_size, info.st_mtime_ns)
-            file.seek(max(self._end - MOST_BEGIN, 0))
-            is_same = begin == self._begin and file.read(len(self._last)) == self._last
-            if not is_same or (size == self._stamp[0] and stamp != self._stamp):
-                self._lines, self._begin, self._end, self._count = [], begin, 0, 0
-                self._last = b""
-            if size > MOST_BYTES:
-                raise UserError(f"'{self._path}' has more than {MOST_BYTES:,} bytes")
-            file.seek(self._end)
-            content = file.read(MOST_BYTES)
-        *texts, end = content.split(b"\n")
-        added = [x for n, text in enumerate(texts, 1) if (x := self._parse(text, n))]
-        if not self._count and (added or texts) and not (added and added[0].says == "begin"):
-            raise refuse_earlier(self._path.parent)
-        last = self._parse(end, len(texts) + 1) if _is_whole(end) else None
-        if last is None and end.strip() and not _is_cut(end):
-            self._parse(end, len(texts) + 1)  # raises the error
-        content = content.removesuffix(end)
-        self._lines, self._end = [*self._lines, *added], self._end + len(content)
-        self._count += len(texts)
-        self._last, self._stamp = (self._last + content)[-MOST_BEGIN:], stamp
-        return [*self._lines, last] if last else [*self._lines]
-
-    def _parse(self, text: bytes, number: int) -> Line | None:
-        """Returns the line in `text`, the line `number` after the last reading, or None."""
-        is_first = self._count + number == 1
-        text = text.removeprefix(b"\xef\xbb\xbf") if is_first else text  # Notepad's byte-order mark
-        if not text.strip():
-            return None
+    path, lines = out / NAME, list[Line]()
+    if not files.exists(path):
+        return lines
+    content = files.read_bytes(path, MOST_BYTES).removeprefix(b"\xef\xbb\xbf")  # of Notepad
+    *texts, end = content.split(b"\n")
+    for number, text in enumerate(texts if _is_cut(end) else [*texts, end], 1):
         try:
-            return msgspec.json.decode(text, type=Line)
+            lines += [msgspec.json.decode(text, type=Line)] if text.strip() else []
         except (msgspec.DecodeError, UnicodeDecodeError, UserError) as error:
-            if is_first and b'"begin"' not in text:
-                raise refuse_earlier(self._path.parent) from None
-            about = str(error).partition("\n")[0]
+            if number == 1 and b'"begin"' not in text:
+                raise refuse_earlier(out) from None
+            problem = str(error).partition("\n")[0]
             raise UserError(
-                f"line {self._count + number} of '{self._path}' is damaged: {about}\n"
-                "repair or delete this line"
+                f"line {number} of '{path}' is damaged: {problem}\nrepair or delete this line"
             ) from None
+    if (lines or texts) and not (lines and lines[0].says == "begin"):
+        raise refuse_earlier(out)
+    return lines
 
 
 def check_version(out: Path) -> None:
@@ -199,14 +157,6 @@ def refuse_earlier(out: Path) -> UserError:
         f"an earlier version of vidjax wrote the results in '{out}'\n"
         "name a new folder: --out=FOLDER"
     )
-
-
-def _is_whole(text: bytes) -> bool:
-    """Returns whether `text`, the end of a log without a line break, is a complete JSON value."""
-    try:
-        return bool(msgspec.json.decode(text))
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
 
 
 def _is_cut(text: bytes) -> bool:
@@ -243,17 +193,18 @@ def _end_last_line(path: Path) -> bool:
     with files.open_regular(path, os.O_RDWR) as file:
         content = file.read(MOST_BYTES)
         begin = content.rfind(b"\n") + 1
-        if end := content[begin:]:
+        end = b"" if _is_cut(content[begin:]) else content[begin:]
+        if content[begin:]:
             file.truncate(begin)
             file.seek(begin)
-            file.write(end + b"\n" if _is_whole(end) else b"")
-        return not (begin or _is_whole(end))
+            file.write(end + b"\n" if end else b"")
+        return not (begin or end)
 
 
 def replace(out: Path, lines: Sequence[Line]) -> None:
     """Replaces the whole log. The caller must hold `lock`."""
     begin, *lines = lines
-    lines = [msgspec.structs.replace(begin, step=make_key()), *lines]  # see `Reader`
+    lines = [msgspec.structs.replace(begin, step=make_key()), *lines]  # a page notices the new step
     files.write_bytes(out / NAME, ENCODER.encode_lines(lines))
     files.hide(out / NAME)
 

@@ -19,7 +19,7 @@ from vidjax.apps.gallery.backend import compare_equal
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.video import clip_inputs, cuts, log, media, names_page, naming, subtitles
+from vidjax.apps.video import clip_inputs, cuts, media, names_page, naming, subtitles
 from vidjax.apps.video.decide import Decision, Faces
 from vidjax.apps.video.media import FEATURES, PEOPLE, MediaFile
 from vidjax.apps.video.said import is_photo
@@ -38,15 +38,6 @@ TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, UNMATCHED = "unknown.tsv", "unmatched.tsv"
 UNMATCHED_COLUMNS = ("video", "time", "correction")
 MIN_RATE = 2  # frames per second below which a film gets a warning
-
-
-def open_gallery(out: Path) -> Gallery:
-    """Opens the gallery of the results `out`. Raises UserError if the results are of old versions.
-
-    If an earlier version of vidjax wrote the results, nothing in them is changed.
-    """
-    log.read(out)
-    return Gallery(out / GALLERY)
 
 
 def load_faces(out: Path, state: State) -> Faces:
