@@ -147,14 +147,6 @@ def _find_in_results(out: Path, people: Collection[str]) -> str:
     return ""
 
 
-def forget_in_results(out: Path, people: Collection[str]) -> None:
-    """Deletes people from the folder `out` with results of `vidjax who`.
-
-    `people` are names. Raises UserError or OSError if a file cannot be read or written.
-    """
-    actions.forget(out, people)
-
-
 @dataclasses.dataclass
 class _Search:
     """Searches galleries and files, and adds reports to `found`. Deletes what it can, if asked."""
@@ -205,7 +197,7 @@ class _Search:
             remedy = REMEDIES[kind]
             acts = {"records": lambda: _delete_records(folder)}
             if self.people:
-                acts["who"] = lambda: forget_in_results(folder, self.people)
+                acts["who"] = lambda: actions.forget(folder, self.people)
             if act := acts.get(kind):
                 about, remedy = self._try(act, about)
             if remedy == DELETED and (left := self._find_first(folder, kind, paths, galleries)):
@@ -227,18 +219,18 @@ class _Search:
             gallery.refresh()
             if clips := _list_clips(gallery, self.people, self.clips, self.vectors):
                 return f"'{gallery.folder.name}' contains {messages.count(len(clips), 'clip')}"
-        traces = self._list_traces(paths, own=kind == "who")
+        traces = self._list_traces(paths, is_result=kind == "who")
         return next((f"'{show(path.name)}' {trace.about}" for path, trace in traces), "")
 
     def _list_traces(
-        self, paths: Iterable[Path], *, own: bool = False
+        self, paths: Iterable[Path], *, is_result: bool = False
     ) -> Iterator[tuple[Path, Trace]]:
-        """Yields each file with a trace. For `own`, see `Traces.in_file`."""
+        """Yields each file with a trace. `is_result` is True for results of `vidjax who`."""
         for path in paths:
-            if own and not self.clips and path.parent.parent.name != PEOPLE:
+            if is_result and not self.clips and path.parent.parent.name != PEOPLE:
                 continue  # `_find_in_results` searches names; faces in films stay, without the name
             try:
-                if trace := self.traces.in_file(path, own=own):
+                if trace := self.traces.in_file(path):
                     yield path, trace
             except FileNotFoundError:
                 continue  # another program has deleted it
@@ -323,7 +315,7 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
 
 
 def _survey(places: Iterable[Path], kind_of: dict[Path, str], found: list[Place]) -> list[Path]:
-    """Returns the sorted files and folders below `places` that are searched. Follows no links.
+    """Returns the sorted files below `places` that are searched. Follows no links.
 
     Adds each folder and its kind to `kind_of`, see `_find_kind`. Adds reports on places that are
     empty or cannot be read to `found`.
@@ -342,7 +334,7 @@ def _survey(places: Iterable[Path], kind_of: dict[Path, str], found: list[Place]
             if kind in ("records", "unfinished"):
                 inner.clear()
                 names = ["index.npz"] if kind == "records" else []
-            paths |= {folder / x for x in {*inner, *names} - {GALLERY_FILE, JOURNAL_FILE}}
+            paths |= {folder / x for x in {*names} - {GALLERY_FILE, JOURNAL_FILE}}
         found += [_list_unread(error.filename or root, error) for error in unread]
     return sorted(paths)
 

@@ -119,17 +119,14 @@ class Traces:
         words = (re.findall(rb"[a-z0-9]*", x.encode()) for x in (*self._people, *self._clips))
         self._words = {max(of_name, key=len) for of_name in words}
 
-    def in_file(self, path: Path, *, own: bool = False) -> Trace | None:
+    def in_file(self, path: Path) -> Trace | None:
         """Searches the content of `path` for the given names and embeddings; returns a trace.
 
-        Returns None if there is none, or if `path` is a link. `own` is True for a file that vidjax
-        wrote, and for a folder that vidjax has named after a person. Raises UserError if the file
-        cannot be read, and OSError if the disk fails.
+        Returns None if there is none, or if `path` is a link or a folder. Raises UserError if the
+        file cannot be read, and OSError if the disk fails.
         """
-        mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode):
-            is_named = own and stat.S_ISDIR(mode) and _has_name(self._people, path.name)
-            return Trace("is named after the person", own) if is_named else None
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None
         partial = PARTIAL.fullmatch(path.name)
         bare, ending = os.path.splitext(partial[1] if partial else path.name)
         ending = ending.lower()
@@ -137,20 +134,20 @@ class Traces:
             texts, arrays, columns = parquet.read_contents(path)
             kept = "\n".join(text for text in texts if not _FILE.match(text.lower()))
             contents = [("", kept), ("clips", "\n".join(texts)), *(("", x) for x in arrays)]
-            return self._in_contents(contents, own or bool(OURS.match(",".join(columns))))
+            return self._in_contents(contents, bool(OURS.match(",".join(columns))))
         if ending == ".npz":
             limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
             arrays = files.read_npz(path, limit)
             # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
             clips = "\n".join([bare, f"{path.parent.name}_{bare}", *arrays])
-            return self._in_contents([("clips", clips), *arrays.items()], own)
+            return self._in_contents([("clips", clips), *arrays.items()], ours=False)
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(io.BufferedReader(files.open_regular(path)))
             is_whole = ending in (*TEXTS, ".gz", ".safetensors") or file.peek(16)[:16] == SQLITE
             if ending == ".gz":
                 bare, ending = os.path.splitext(bare)
                 file = cast(BinaryIO, opened.enter_context(gzip.GzipFile(fileobj=file)))
-            return self._in_stream(file, bare, ending, own, is_whole=is_whole)
+            return self._in_stream(file, bare, ending, is_whole=is_whole)
 
     def _in_contents(
         self, contents: Collection[tuple[str, np.ndarray | str]], ours: bool
@@ -168,11 +165,9 @@ class Traces:
                 return Trace("contains the name", ours)
         return None
 
-    def _in_stream(
-        self, file: BinaryIO, bare: str, ending: str, own: bool, *, is_whole: bool
-    ) -> Trace | None:
+    def _in_stream(self, file: BinaryIO, bare: str, ending: str, *, is_whole: bool) -> Trace | None:
         """Searches an open file with the name `bare` and an ending, or only its first part."""
-        start, found, ours, only_names = "", False, own, ending in SUBTITLES
+        start, found, ours, only_names = "", False, False, ending in SUBTITLES
         for content, text in read_parts(file, ending in TEXTS):
             if any(piece in content for piece in self._pieces):
                 return Trace("contains a vector", ours=True)

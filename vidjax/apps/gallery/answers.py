@@ -17,7 +17,7 @@ import numbers
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -513,18 +513,12 @@ def group(
     state: State,
     vectors: Vectors,
     apart: Collection[tuple[str, str]] = (),
-    *,
-    clarity: Mapping[str, float] | None = None,
-    together: Mapping[str, int] | None = None,
-    settled: Collection[int] = (),
-    for_votes: bool = False,
+    **options: Any,  # noqa: ANN401
 ) -> dict[str, str]:
-    """Groups clips that show the same person, see `Gallery.group`."""
-    vectors = vectors.only(select_usable_clips(vectors))
-    labels = grouping.group(
-        state.index.backend, vectors.names, [*vectors.parts.values()], apart, clarity=clarity,
-        together=together, settled=settled, for_votes=for_votes,
-    )  # fmt: skip
+    """Groups clips that show the same person. For `apart` and `options`, see `Gallery.group`."""
+    vectors, backend = vectors.only(select_usable_clips(vectors)), state.index.backend
+    parts = [*vectors.parts.values()]
+    labels = grouping.group(backend, vectors.names, parts, apart, **options)
     return name_groups(vectors.names, labels)
 
 

@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed face
-    lines: Sequence[Line]  # of the log
+    step: str | None  # of the lines of the log; None if the change needed no line
 
 
 class SeenClip(NamedTuple):
@@ -315,8 +315,8 @@ class Review:
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
             words, lines = self._list_lines(action, found, name)
-            lines = self._apply(log.make_step(lines))
-            step = Step(f"{subject} {words}", found[0].key, lines)
+            made = self._apply(log.make_step(lines))
+            step = Step(f"{subject} {words}", found[0].key, made)
             self._steps.append(step)
             self._changed[""] = self.version
             about = self._describe_apart(found, before) if is_apart else "."
@@ -329,8 +329,8 @@ class Review:
         if not offers:
             raise UserError("the film is no longer on the page: reload the page")
         for heir in offers:
-            lines = self._apply(heirs.take_over(self._decision, heir))
-            self._steps.append(Step(f"{heir.about}, and has its corrections", "", lines))
+            made = self._apply(heirs.take_over(self._decision, heir))
+            self._steps.append(Step(f"{heir.about}, and has its corrections", "", made))
         self._offers = [x for x in self._offers if x not in offers]
         self._changed[""] = self.version
         self._forms = Forms(message=f"Saved: {self._steps[-1].words}.")
@@ -455,8 +455,8 @@ class Review:
             if not self._steps:
                 raise UserError("there is no change to undo")
             step = self._steps[-1]
-            of = next((x.step for x in step.lines), None)
-            self._apply(log.make_step([Line(says="undo", of=of)] if of else []))
+            lines = [Line(says="undo", of=step.step)] if step.step else []
+            self._apply(log.make_step(lines))
             self._steps.pop()
             self._changed[""] = self.version
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
@@ -494,11 +494,11 @@ class Review:
             if names_them:
                 photos[str(photo.source.path)] = None
             if names_them and people <= gone:
-                media.remove_media_file(self.out / PEOPLE, _find_stem(photo))
+                media.remove_media_file(self.out / PEOPLE, media.make_photo_stem(photo.sha256))
             else:
                 kept.append(photo)
             if photo.tags & {*names}:
-                media.remove_tags(self.out / PEOPLE, _find_stem(photo), names)
+                media.remove_tags(self.out / PEOPLE, media.make_photo_stem(photo.sha256), names)
         lines = said.write_anew(gone)
         faces = faces._replace(photos=kept)
         decision = decide(faces, lines, self._rule)
@@ -656,8 +656,8 @@ class Review:
                 about += f" Another face of the same shot now has the name {name}: {place}."
         return about
 
-    def _apply(self, lines: Sequence[Line]) -> list[Line]:
-        """Adds `lines` to the log of corrections, and decides all names anew; returns the lines.
+    def _apply(self, lines: Sequence[Line]) -> str | None:
+        """Adds `lines`, a step, to the log, and decides all names anew; returns the id of the step.
 
         After an error, such as a full disk, nothing is changed.
         """
@@ -668,7 +668,7 @@ class Review:
             lines = numbered
             decision = decide(shown.faces, [*before, *lines], self._rule, shown)
         self._show(self._write_numbers(decision, lines))
-        return [*lines]
+        return next((x.step for x in lines), None)
 
 
 def forget(out: Path, names: Collection[str]) -> None:
@@ -697,11 +697,6 @@ def parse_name(review: Review, text: str) -> tuple[list[str], str]:
         f"--name={text}: the results show nobody with the name before the ="
         '\ngive a name in names.tsv and a new name, such as --name="unknown 3=Ada"'
     )
-
-
-def _find_stem(photo: MediaFile) -> str:
-    clip = photo.tracks[0].clip if photo.tracks else photo.sha256[:16]
-    return clip.removeprefix(f"{PEOPLE}/").partition(".")[0]
 
 
 def _number_again(lines: Sequence[Line], decision: Decision) -> list[Line]:

@@ -24,7 +24,6 @@ from vidjax.apps import cards
 from vidjax.apps.video import align, decode, media, pictures, regions, tracks, voices
 from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.media import (
-    DIGEST_DIGITS,
     Content,
     ExtractionSettings,
     FaceTrack,
@@ -271,7 +270,7 @@ def choose_stem(task: Task, sha256: str) -> str:
     """
     if known := task.stems.get(sha256):
         return known
-    return f"{task.stem}~{sha256[:8]}" if task.taken else task.stem or sha256[:DIGEST_DIGITS]
+    return f"{task.stem}~{sha256[:8]}" if task.taken else task.stem or media.make_photo_stem(sha256)
 
 
 def identify(task: Task) -> tuple[Content, regions.Tags]:

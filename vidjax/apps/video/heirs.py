@@ -4,7 +4,7 @@ Such a film has other pictures, so it is another film for vidjax. A user decides
 over what was said about the corrected film.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,7 @@ from vidjax.apps.video.tracks import measure_overlaps
 MOST_SECONDS = 0.5  # from the first picture of a face to the first picture in the other film
 LEAST_OVERLAP = 0.5  # intersection over union of the boxes of a face in these pictures
 LEAST_SHARE = 0.5  # of the faces of the shorter film that must be in the other film, too
-# The least cosine of the vectors of a face in two versions of a film. Made of two people, it is
-# above 0.8 in no film that we have.
-LEAST_COSINE = 0.8
+LEAST_COSINE = 0.8  # of the vectors of a face in both films; people differ more
 
 
 class Heir(NamedTuple):
@@ -104,10 +102,8 @@ def _is_equal(first: FaceTrack, second: FaceTrack) -> bool:
 
 def take_over(decision: Decision, heir: Heir) -> list[Line]:
     """Returns log lines, one step: what was said about the old film holds for the new film."""
-    return make_step(_repeat(decision, heir))
-
-
-def _repeat(decision: Decision, heir: Heir) -> Iterator[Line]:
-    for clip, other in heir.clips.items():
-        if face := heir.new.faces.get(other):
-            yield from decision.said.list_facts_of(clip, face, heir.new.video)
+    film, faces = heir.new.video, heir.new.faces
+    return make_step(
+        line for clip, other in heir.clips.items() if other in faces
+        for line in decision.said.list_facts_of(clip, faces[other], film)
+    )  # fmt: skip

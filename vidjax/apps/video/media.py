@@ -10,11 +10,10 @@ STEM is the name of the video without its ending and without dots. If another vi
 is the first 16 digits of the digest, so that names of clips contain no names of people. A video
 keeps its STEM as long as it shows the same, even if its file is moved or renamed.
 
-A shot is a part of a video
-between two cuts. A track is all faces of one person in a shot. Each track is a clip: the clip
-`STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a shot, such as
-`STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces has the clips
-`STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
+A shot is a part of a video between two cuts. A track is all faces of one person in a shot. Each
+track is a clip: the clip `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main
+person of a shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with
+several faces has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
 call extracts the video again. When the nets change, all files `STEM.npz` are deleted. Each stays
@@ -58,7 +57,6 @@ MOST_COPIES = 100  # places of a film or photo that are remembered, besides its 
 DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_PLACES = 5  # of a face in the log
-DIGEST_DIGITS = 16  # of the digest of a photo of people, as its stem
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
 OLD_REMEDY = "name a new folder, or delete this folder, and extract the files again"
@@ -325,6 +323,11 @@ def make_stem(path: Path) -> str:
     """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
+
+
+def make_photo_stem(sha256: str) -> str:
+    """Returns the stem of a photo of people, from its digest."""
+    return sha256[:16]
 
 
 def make_address(path: Path) -> str:

@@ -153,7 +153,7 @@ def check_folder(
     `forget_missing` is True, it seems wrong only if it is missing, or is the folder of one person,
     such as `people/Ada`.
     """
-    statements = [x for of in said.photos.values() for x in of.values()]
+    statements = said.list_photos()
     before = {x.name for x in statements}
     before |= {said.call(x.person) for x in statements if x.person}
     before -= {"", STRANGERS}
@@ -191,10 +191,7 @@ def extract(
     """
     if not photos:
         return {}
-    place = out / PEOPLE
-    place.mkdir(exist_ok=True)
-    files.hide(place)
-    paths = [*itertools.chain(*photos.values())]
+    place, paths = out / PEOPLE, [*itertools.chain(*photos.values())]
     outcomes = extract_folders({place: paths}, tagged=True, tell=tell, **options)[place]
     outcome_of = {os.path.realpath(x.path): x for x in outcomes}
     return {
@@ -489,7 +486,7 @@ def find_absent(
     another photo is at its place. If `forget_missing` is True, all photos that cannot be found were
     deleted. `media` are the descriptions of all photos of people.
     """
-    statements = [x for of in said.photos.values() for x in of.values()]
+    statements = said.list_photos()
     outcomes = [(folder, x) for folder, of in found.outcomes.items() for x in of]
     stated = {x.line.film for x in statements}
     is_shown = any(x.known and (x.kept or x.known.sha256 in stated) for _, x in outcomes)

@@ -105,7 +105,6 @@ def extract_folders(
     workers: int = 1,
     drop: Drop = "nothing",
     thumbnails: bool = False,
-    upgrade: bool = False,
     check: bool = False,
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
@@ -137,8 +136,6 @@ def extract_folders(
         by other films or photos.
         "missing": all missing files.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what to do if nets in `models` were replaced or added. True deletes all features, and
-        computes the features of the files in `paths` again. False raises an error.
       check: how changes of files are detected. True compares what each file shows. False compares
         only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`. The names
@@ -166,7 +163,7 @@ def extract_folders(
             made = files.make_folder(out, "out", mode=0o700)
             locked.enter_context(files.lock(made, "features"))
             files.refuse_links(out)
-            used = _check_extraction(out, cards, settings, upgrade)
+            used = _check_extraction(out, cards, settings)
             folder = _prepare_folder(out, tagged, thumbnails, tell)
             for path in listed:
                 address = media.make_address(path)
@@ -344,14 +341,13 @@ def choose_drop(prune: bool, forget_missing: bool) -> Drop:
 
 
 def _check_extraction(
-    out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
+    out: Path, digests: dict[str, str], settings: ExtractionSettings | None
 ) -> ExtractionSettings:
     """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
     `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
-    the settings of earlier features, or the defaults. If `upgrade` is True, deletes features of
-    other nets, unless `digests` lacks one of their roles. Raises UserError if `out` then has
-    features of other nets or settings, or files of another program.
+    the settings of earlier features, or the defaults. Raises UserError if `out` has features of
+    other nets or settings, or files of another program.
     """
     before = media.read_extraction(out)
     if before is None:
@@ -361,10 +357,6 @@ def _check_extraction(
         extraction = media.Extraction(models=digests, settings=settings)
         media.write(out / media.NAME, extraction)
         return settings
-    if upgrade and before.models != digests and before.models.keys() <= digests.keys():
-        media.set_aside(out)
-        before.models = digests
-        media.write(out / media.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(

@@ -73,7 +73,7 @@ class Said:
         for line in kept:
             self._apply(line)
         people = {*self._told.values()} | {x for of in self._not.values() for x in of}
-        people |= {x.person for of in self.photos.values() for x in of.values()}
+        people |= {x.person for x in self.list_photos()}
         roots = {self.find_root(x) for x in people if x}
         names = (x for x in lines if x.says == "person" and x.person and x.name)
         for line in names:  # a name whose step was undone is better than none
@@ -123,16 +123,12 @@ class Said:
     # ---- faces
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the clips that show `face`, the best clip first; [`face`] without a clip."""
-        if clips := self._found.get(face):
-            return [clip for of_file in clips for clip in of_file]
-        return [self._first.get(face, face)]
+        """Returns the clips that show `face`; [`face`] without a clip."""
+        return [clip for of_file in self._find_files(face) for clip in of_file]
 
-    def _find_best(self, face: Face) -> list[Key]:
-        """Returns the best clip of each file that shows `face`; [`face`] without a clip."""
-        if clips := self._found.get(face):
-            return [of_file[0] for of_file in clips]
-        return [self._first.get(face, face)]
+    def _find_files(self, face: Face) -> Sequence[Sequence[Key]]:
+        """Returns the clips of `face` in each file, the best first; [[`face`]] without a clip."""
+        return self._found.get(face) or [[self._first.get(face, face)]]
 
     def list_named(self, name: str | None) -> list[Key]:
         """Returns the faces with the name `name`; [] if `name` is None."""
@@ -142,6 +138,10 @@ class Said:
         """Returns the faces that users said to show a person."""
         root, told = self.find_root(person), self._told.items()
         return [key for key, x in told if x and self.find_root(x) == root]
+
+    def list_photos(self) -> list[PhotoOf]:
+        """Returns the statements about photos."""
+        return [x for of in self.photos.values() for x in of.values()]
 
     def list_enrolled(self) -> dict[str, str | None]:
         """Returns clip -> person, for the clips by which people are recognised; None: a stranger.
@@ -236,7 +236,7 @@ class Said:
                 self._told.pop(key, None)
                 self.ignored.pop(key, None)
         if line.says == "is":
-            self._told |= dict.fromkeys(self._find_best(face), person)
+            self._told |= dict.fromkeys((clips[0] for clips in self._find_files(face)), person)
         elif line.says == "not" and person:
             for key in keys:
                 self._not.setdefault(key, []).append(person)
@@ -329,10 +329,9 @@ class Said:
         """Yields lines with everything that was said. Of the faces in `gone`, only denied names."""
         fixed = {*map(self.find_root, self._fixed)}
         yield from (Line(says="film", film=film, of=of) for film, of in sorted(self.films))
-        for photos in self.photos.values():
-            for x in photos.values():
-                person = x.person and self.find_root(x.person)
-                yield msgspec.structs.replace(x.line, step=None, person=person)
+        for x in self.list_photos():
+            person = x.person and self.find_root(x.person)
+            yield msgspec.structs.replace(x.line, step=None, person=person)
         for key, line in self._line_of.items():
             facts = self.list_facts_of(key, line.face, line.video) if line.face else ()
             yield from (x for x in facts if x.says == "not" or key not in gone)

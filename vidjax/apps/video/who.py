@@ -154,23 +154,16 @@ def name_people(
         files.refuse_links(out)
         gallery, state = _open(out, models, note)
         options = {
-            "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
-            "check": check, "workers": workers,
+            "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "check": check,
+            "workers": workers,
         }  # fmt: skip
-        said = Said(log.read(out))
-        found = FoundPhotos({}, [], {}, set())
+        said, found = Said(log.read(out)), FoundPhotos({}, [], {}, set())
         if folder is not None:
             photos.check_folder(folder, paths_of, out, said, forget_missing)
             outcomes = photos.extract(paths_of, out, note, **options)
-            known = {said.call(x.person) for of in said.photos.values() for x in of.values()
-                     if x.person}  # fmt: skip
+            known = {said.call(x.person) for x in said.list_photos() if x.person}
             found = photos.find_faces(folder, outcomes, known, note)
-        if folder is not None and not (found.faces or said.photos or any(said.names.values())):
-            about = f"no photo in '{folder}' can be used, so nobody can be recognised"
-            remedy = "add photos that each show only one person"
-            if not said.films:
-                raise UserError(f"{about}\n{remedy}")
-            note(Note(f"{about}\n{remedy}"))
+            _check_photos(folder, found, said, note)
         if state.index.names and not any(x.person == log.STRANGERS for x in found.faces):
             answers_lib.choose_rule(state, *rule)  # reports wrong flags before films are read
         read = pipeline.extract_folders(
@@ -188,19 +181,9 @@ def name_people(
                     folder, out, found, faces, forget_missing, note
                 )
                 failed |= {str(folder / name): "" for name in missing}
-            decision = decide(faces, log.read(out), rule)
-            offers = heirs.find_heirs(decision)
-            if take_over:
-                for heir in offers:
-                    log.append(out, heirs.take_over(decision, heir))
-                decision = decide(faces, log.read(out), rule)
-            log.append(out, list_new_lines(decision))
+            decision = _decide(out, faces, rule, take_over, note)
             _keep_table(out, decision.unknown, note)
             _report(out, decision, prune, note)
-            for heir in offers:
-                done_or_how = "has its corrections now" if take_over else "add --take-over"
-                text = f"{heir.about}: to take its corrections over, {done_or_how}"
-                note(Note(f"{heir.about}, and {done_or_how}" if take_over else text, warning=False))
             is_explained = is_alike and card_notes.compare(decision.state).problem == "closer"
             if not is_explained:
                 card_notes.warn(decision.state)
@@ -234,11 +217,12 @@ def _open(out: Path, models: Path, tell: Tell) -> tuple[Gallery, State]:
     nets are removed, and the content has no clips.
     """
     log.check_version(out)
-    if not log.has_log(out) and (foreign := list_entries(out)):
-        raise files.foreign_error(foreign[0])
+    if not log.has_log(out):
+        if foreign := list_entries(out):
+            raise files.foreign_error(foreign[0])
+        with log.lock(out, WAIT_SECONDS):
+            log.append(out, [])
     log.read(out)  # refuses results of earlier versions
-    with log.lock(out, WAIT_SECONDS):
-        log.append(out, [])
     path, (origin, back_ends) = out / results.GALLERY, card_notes.read_cards(models)
     try:
         gallery = Gallery(path)
@@ -255,17 +239,17 @@ def _open(out: Path, models: Path, tell: Tell) -> tuple[Gallery, State]:
 
 def _change_nets(out: Path, models: Path, tell: Tell) -> None:
     """Removes features of earlier nets, if the nets in `models` were replaced or new ones added."""
-    features = out / FEATURES
-    before, digests = media.read_extraction(features), pipeline.read_digests(models)
-    if before is None or before.models == digests or before.models.keys() - digests.keys():
-        return
-    pipeline.check_nets(models, before.settings)  # before features are removed
-    changed = {role for role, digest in digests.items() if before.models.get(role) != digest}
-    for folder in (out / PEOPLE, features):
-        if extraction := media.read_extraction(folder):
+    digests, changed = pipeline.read_digests(models), set[str]()
+    for folder in (out / PEOPLE, out / FEATURES):
+        before = media.read_extraction(folder)
+        if before and before.models != digests and before.models.keys() <= digests.keys():
+            pipeline.check_nets(models, before.settings)  # before features are removed
+            changed |= {role for role, of in digests.items() if before.models.get(role) != of}
             media.set_aside(folder)
-            extraction.models = digests
-            media.write(folder / media.NAME, extraction)
+            before.models = digests
+            media.write(folder / media.NAME, before)
+    if not changed:
+        return
     tell(Note(
         f"there are new nets ({', '.join(sorted(changed))}): the films and photos of this run are "
         "read again, and names are kept\nto read films of earlier runs of this command again, add "
@@ -275,7 +259,7 @@ def _change_nets(out: Path, models: Path, tell: Tell) -> None:
 
 def _drop_clips(state: State, changed: set[str]) -> State:
     """Leaves out the clips of photos that were read again. `changed` are digests of photos."""
-    stems = {digest[:16] for digest in changed}
+    stems = {*map(media.make_photo_stem, changed)}
     clips = {
         clip: x for clip, x in state.clips.items()
         if not is_photo(clip) or clip.split("/")[1].partition(".")[0] not in stems
@@ -283,6 +267,35 @@ def _drop_clips(state: State, changed: set[str]) -> State:
     if len(clips) == len(state.clips):
         return state
     return make_state(state.version, state.origin, state.index.backend, clips, state.command)
+
+
+def _check_photos(people: Path, found: FoundPhotos, said: Said, tell: Tell) -> None:
+    """Reports that nobody can be recognised. Raises UserError if there are no earlier results."""
+    if found.faces or said.photos or any(said.names.values()):
+        return
+    problem = f"no photo in '{people}' can be used, so nobody can be recognised"
+    problem += "\nadd photos that each show only one person"
+    if not said.films:
+        raise UserError(problem)
+    tell(Note(problem))
+
+
+def _decide(out: Path, faces: Faces, rule: Rule, take_over: bool, tell: Tell) -> Decision:
+    """Decides the names, and adds new numbers of unknown people to the log.
+
+    If a film shows the same as a corrected film, takes over the corrections, or says how to.
+    """
+    decision = decide(faces, log.read(out), rule)
+    for heir in (offers := heirs.find_heirs(decision)):
+        how = ": to take its corrections over, add --take-over"
+        if take_over:
+            log.append(out, heirs.take_over(decision, heir))
+            how = ", and has its corrections now"
+        tell(Note(heir.about + how, warning=False))
+    if take_over and offers:
+        decision = decide(faces, log.read(out), rule)
+    log.append(out, list_new_lines(decision))
+    return decision
 
 
 def _follow_photos(
@@ -351,10 +364,9 @@ def _forget(
     a person stays known if the user has given the name of the person to a face.
     """
     had, has = (
-        group_by_key((after.find_root(x.person), x.name) for of in said.photos.values()
-                     for x in of.values() if x.person)
+        group_by_key((after.find_root(x.person), x.name) for x in said.list_photos() if x.person)
         for said in (before, after)
-    )  # fmt: skip
+    )
     forgotten, notes = set[str](), list[Note]()
     for person in sorted(had.keys() - has.keys(), key=after.call):
         name, count = after.call(person), len(after.list_told(person))
