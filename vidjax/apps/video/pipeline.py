@@ -219,7 +219,10 @@ def _process_jobs(
             done(outcome._replace(label=label[job]))
 
     with _show_progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
-        for waiting in _divide(left):
+        # Files of equal size are probably copies. All except the first are read at the end.
+        first_of = {(job.folder, size): job for job, size in reversed(left.items())}
+        firsts = {*first_of.values()}
+        for waiting in ([x for x in jobs if x in firsts], [x for x in jobs if x not in firsts]):
             photos = [job for job in waiting if job.has_photo_name]
             # A process reads a single film, or up to 50 photos.
             size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
@@ -227,22 +230,6 @@ def _process_jobs(
             batches += [photos[n : n + size] for n in range(0, len(photos), size)]
             map_children(read, batches, workers)
     return outcome_of
-
-
-def _divide(sizes: Mapping[_Job, int]) -> list[list[_Job]]:
-    """Divides files into three lists, of which each is read after the one before.
-
-    `sizes` is file -> size in bytes. First come the files at known first places, so that afterwards
-    copies and moved files can be told from new films. Then come new files, and last the files that
-    are probably copies: known copies, and further files of one size.
-    """
-    lists, seen = ([], [], []), set[tuple[MediaFolder, int]]()
-    for job, size in sizes.items():
-        film = job.folder.find_at(job.address)
-        is_first = film is not None and film.source.address == job.address
-        lists[0 if is_first else 1 + (film is not None or (job.folder, size) in seen)].append(job)
-        seen.add((job.folder, size))
-    return [*lists]
 
 
 @contextlib.contextmanager
