@@ -17,7 +17,7 @@ import numpy as np
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import check_width
-from vidjax.apps.gallery.store import State, VectorOrigin
+from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models import card_check
 from vidjax.models.card_check import Comparison
@@ -103,12 +103,13 @@ def adopt(draft: Draft, models: str | Path) -> None:
     if not is_equal:
         say("to compare clips, the gallery uses the new numbers in the JSON file of its net")
     check_width(wide)
-    draft.origin, draft.backend, vectors = origin, wide, dict[str, np.ndarray]()
+    draft.origin, draft.backend, clips = origin, wide, dict[str, StoredClip]()
     for name, clip in draft.clips.items():
         parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
         parts |= zip(backend.widths, backend.split(clip.vector[None]), strict=True)
-        vectors[name] = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
-    draft.replace_vectors(vectors)
+        vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
+        clips[name] = clip._replace(vector=vector)
+    draft.hold(clips)
 
 
 def compare(state: State) -> Comparison:
@@ -160,14 +161,6 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
         return state
     blind = comparison.is_blind(mirrored)
     return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
-
-
-def check_mirrored(draft: Draft, cosines: Sequence[float]) -> None:
-    """Checks with `judge` whether the net of a gallery separates people; notes it in `draft`.
-
-    `cosines` are the cosine similarities of faces and their mirror images.
-    """
-    draft.origin = judge(draft.present, cosines).origin
 
 
 def describe(state: State) -> str:

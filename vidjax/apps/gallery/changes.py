@@ -101,18 +101,6 @@ class Draft:
                 edits[name] = old._replace(identity=clip.identity)
         self._edit(edits)
 
-    def replace_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Replaces the vectors of all clips, of which those that `vectors` lacks are removed.
-
-        `vectors` are clip -> joined vector of all modalities of `self.backend`.
-        """
-        clips = {
-            name: x._replace(vector=vectors[name])
-            for name, x in self.clips.items()
-            if name in vectors
-        }
-        self._edit(dict.fromkeys(self.clips) | clips)
-
     def remove(
         self,
         *,

@@ -124,7 +124,7 @@ class FaceTrack(Struct, kw_only=True):
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
     box: Box | None = None  # of the best face
     box_at_s: Seconds | None = None  # the time of the picture with the box
-    # Of the faces of the clip, in order of time. Older versions did not store them.
+    # Of the faces of the clip, in order of time.
     places: Annotated[list[Place], Meta(max_length=1000)] = []
     name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 
@@ -242,8 +242,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
     jumps: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)] = []
     damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
-    # The mean brightness of all pictures. Older versions did not measure it.
-    brightness: Share | None = None
+    brightness: Share | None = None  # the mean brightness of all pictures
     halves: Layout | None = None  # if two halves show the same picture
     upside_down: bool = False  # whether half of the faces in a video or more are upside down
     others: Count = 0  # number of further video streams, which were not read

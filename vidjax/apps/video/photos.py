@@ -662,7 +662,7 @@ def enrol_folder(
         tell(Note(f"{x} cannot be recognised: no photo of {x} can be used"))
     if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
         with gallery.change() as draft:
-            card_notes.check_mirrored(draft, found.list_mirrored())
+            draft.origin = card_notes.judge(draft.present, found.list_mirrored()).origin
     advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
     for text in doubtful.notes:
         tell(Note(text))
