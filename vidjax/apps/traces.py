@@ -14,7 +14,7 @@ import re
 import stat
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -50,7 +50,7 @@ HEADERS = (
 )  # fmt: skip
 # Fields and columns of such files with names of films and photos, and of their clips.
 FILE_FIELDS = ("video", "path", "address", "clip", "clips")
-_FIELD = re.compile(rf'"(?:{"|".join(FILE_FIELDS)})":\s*+(?:\[(?:"[^"\[\]]*",\s*+)*+)?"\Z')
+_FIELD = re.compile(rf'"(?:{"|".join(FILE_FIELDS)})":\s*+(?:"[^"]*|\[[^\[\]]*)')
 # A value in JSON, and the start of the next field. `*+` never tries a shorter match: it is fast.
 _VALUE = r'"\s*+:\s*+(?:"(?:[^"\\]|\\.)*+"|[^"\[{,]*+),?[\s\[{]*+"'
 # How a table, a JSON file, a playlist and a page of vidjax begin.
@@ -73,13 +73,11 @@ _FILE = re.compile(
     r"(?:file:/)?[~.]*/.|.*\.(?:3gp|avi|divx|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|mxf|og[mv]|ts|vob|"
     r"webm|wmv|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|png|ppm|tiff?|webp|[sft]\d\d+)\Z"
 )
-PATH_LETTERS = 4096  # of the longest path
 _FILM_NAME = re.compile(r'<bdi dir="ltr">[^<]*|<[^<>]*>')  # in a page of vidjax, and all tags
 _PICTURE = re.compile(r"data:image/png;base64,[\w+/=]*")  # its letters are no names
 # Texts in files that are not text, such as tags of photos.
 _STRINGS = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]{1,3}){16,}")
 _UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
-_LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
 _BEGIN = re.compile(rb"[\0-/:-@[-`{-\x7f]|[\xc2-\xf4]")  # of a part: not within a letter or word
 # A file that a killed process has left, and the name of the file that it would have replaced.
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
@@ -110,7 +108,7 @@ class Traces:
         known: Iterable[str] = (),
     ):
         self._people, self._clips = _spell(people), _spell(list_clear_names(clips))
-        self._lines = {*people}, {*clips}
+        self._lines = {*clips}
         self._known = {*map(_simplify, (*people, *known))}
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
         starts = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
@@ -157,11 +155,11 @@ class Traces:
             return Trace("contains a vector", ours=True)
         for name, content in contents:
             text = _to_text(content)
-            start = int(name.rpartition("/")[2] == "clips")  # people are not searched there
-            lines = set(map(normal_form, text.split("\n"))) if content is not text else set[str]()
-            if any(_has_name(names, text) for names in (self._people, self._clips)[start:]) or any(
-                not wanted.isdisjoint(lines) for wanted in self._lines[start:]
-            ):
+            lines = text.split("\n") if content is not text else ()
+            is_listed = not self._lines.isdisjoint(map(normal_form, lines))
+            text, is_clips = _simplify(text), name.rpartition("/")[2] == "clips"
+            is_person = not is_clips and _has_name(self._people, text)
+            if is_listed or is_person or _has_name(self._clips, text):
                 return Trace("contains the name", ours)
         return None
 
@@ -181,12 +179,15 @@ class Traces:
             if only_names:
                 names = {_simplify(x) for x in text.splitlines() if x}
                 only_names = {x for x in names if not is_unknown(x)} <= self._known
+            text = _simplify(text)
             found = found or _has_name(self._clips, text)
-            found = found or _has_name(self._people, text, ending, start if ours else "")
+            if not found and _has_name(self._people, text):
+                found = _has_name(self._people, _drop_files(text, ending, start if ours else ""))
             if not is_whole or (found and not only_names):
                 break
         ours = ours or only_names
-        if not found and ours and ending in (".m3u", ".otio") and _has_name(self._people, bare):
+        title = _simplify(bare) if ours and ending in (".m3u", ".otio") else ""
+        if not found and _has_name(self._people, title):
             return Trace("is named after the person", ours)
         return Trace("contains the name", ours) if found else None
 
@@ -213,50 +214,47 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
-def _spell(names: Iterable[str]) -> dict[str, bool]:
-    """Returns name as `_simplify` writes it -> whether it may touch other letters.
-
-    These are names without words, and names in scripts without blanks or with particles, whose
-    letters have the Unicode category Lo.
-    """
+def _spell(names: Iterable[str]) -> set[str]:
+    """Returns names as `_simplify` writes them, also as names of files."""
     # `_simplify` takes the end of a cell, `\\"`, for a code of JSON.
     spellings = ((x, x.rstrip("\\") or x, *make_file_stems([x])) for x in names)
-    plain = {_simplify(x) for of_name in spellings for x in of_name}
-    return {x: not re.search(r"\w", x) or "Lo" in map(unicodedata.category, x) for x in plain}
+    return {_simplify(x) for of_name in spellings for x in of_name}
 
 
-def _has_name(names: Mapping[str, bool], text: str, ending: str = "", start: str = "") -> bool:
-    """Returns whether a text contains one of the `names`, see `_spell`, except in names of files.
+def _has_name(names: Collection[str], plain: str) -> bool:
+    """Returns whether a text contains one of the `names`. All are results of `_simplify`."""
+    return any(name in plain and _compile(name).search(plain) for name in names)
 
-    `ending` is the ending of the file. If vidjax wrote the file, `start` is its start.
+
+def _compile(name: str) -> re.Pattern[str]:
+    """Returns a pattern that finds a name, but not as a part of a longer name.
+
+    Names without words may touch other letters, and so may names in scripts without blanks or with
+    particles, whose letters have the Unicode category Lo.
     """
-    plain = _simplify(text)
-    for name, may_touch in names.items():
-        end = 0
-        while (begin := plain.find(name, end)) >= 0:
-            end = begin + len(name)
-            before, after = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
-            is_longer = _LONGER[0].search(before) or _LONGER[1].match(after)
-            if (may_touch or not is_longer) and not _is_file(plain, begin, end, ending, start):
-                return True
-    return False
+    code = re.escape(name)
+    if not re.search(r"\w", name) or "Lo" in map(unicodedata.category, name):
+        return re.compile(code)
+    return re.compile(rf"{code}(?! ?\w)(?<!\w{code})(?<!\w {code})")
 
 
-def _is_file(text: str, begin: int, end: int, ending: str, start: str) -> bool:
-    """Returns whether letters are in a cell or string that names a file. See `_has_name`."""
+def _drop_files(plain: str, ending: str, start: str) -> str:
+    """Returns a text without the cells and strings that name files.
+
+    `plain` is a result of `_simplify`, and `ending` the ending of the file. If vidjax wrote the
+    file, `start` is its start. Otherwise, `start` is "".
+    """
     if not (separator := BREAKS.get(ending)):
-        return False
-    near = text[max(begin - PATH_LETTERS, 0) : begin]
-    row = near[near.rfind("\n") + 1 :]
-    place = row.rfind(separator) + 1
-    rest = re.split(f"[\n{separator}]", text[begin : end + PATH_LETTERS], maxsplit=1)[0]
-    if _FILE.match(row[place:] + rest):
-        return True
-    columns = start.partition("\n")[0].split(separator)[row.count(separator) :]
-    is_column = ending == ".tsv" and len(row) < PATH_LETTERS and columns[:1]
-    return bool(is_column and columns[0] in FILE_FIELDS) or bool(
-        start and _FIELD.search(row[:place])
-    )
+        return plain
+    columns = start.partition("\n")[0].split(separator) if ending == ".tsv" else []
+    lines = list[str]()
+    for line in (_FIELD.sub("", plain) if start else plain).split("\n"):
+        cells = line.split(separator)
+        fields = columns if len(columns) == len(cells) else [""] * len(cells)
+        pairs = zip(fields, cells, strict=True)
+        kept = (x for field, x in pairs if field not in FILE_FIELDS and not _FILE.match(x))
+        lines.append(separator.join(kept))
+    return "\n".join(lines)
 
 
 def _strip(text: str, ending: str, ours: bool) -> str:
