@@ -484,6 +484,9 @@ def test_forget_names_own_files_in_results_and_goes_on_after_a_damaged_log(tmp_p
     }
     assert len(found) == 8 and answer["unread"] == 2 and answer["deleted"] == 2
     damaged.write_text(lines)
+    (tmp_path / "third" / "names.tsv").write_text("")
+    listed = say("forget", "--identity=Zoe", tmp_path, "--json", code=1)["places"]
+    assert {x["path"] for x in listed} == {str(zeros), str(tmp_path / "third" / "names.tsv")}
     assert "1 of them deleted" in say("forget", f"--identity={GONE}", "--delete", tmp_path, code=1)
 
 

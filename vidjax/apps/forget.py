@@ -6,11 +6,11 @@ clips. Unfinished files of killed processes are deleted if they may contain one 
 Training runs and other files (see `traces`) are only listed.
 """
 
-import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -50,6 +50,8 @@ RESULTS = re.compile(
     r"(names|unknown|unmatched)\.(tsv|jsonl|html)|said\.jsonl|"
     r"(features|people)/.+\.(npz|json|png)|subtitles/.+\.(vtt|srt)|cuts/.+\.(otio|m3u)"
 )
+# Table of results -> its column with names of people.
+NAME_COLUMNS = {"names.tsv": "identity", "unmatched.tsv": "correction"}
 
 T = TypeVar("T")
 
@@ -93,36 +95,12 @@ def forget(
     """
     people = {normal_form(names_lib.check_name(name, "identity")) for name in identities}
     asked = {normal_form(names_lib.clean_name(name)) for name in clips}
-    found, known, kind_of = list[Place](), set[str](), dict[Path, str]()
-    paths = _survey(places, kind_of, found)
-    galleries = [*_open_all(Gallery, kind_of, "gallery", found)]
-    for gallery in galleries:
-        known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
-    for names in _open_all(_read_people, kind_of, "run", found):
-        known |= names
-    own = {gallery: _list_clips(gallery, people, asked) for gallery in galleries}
-    # In results of `vidjax who`, clips have names of films: only their vectors are searched.
-    free = [x for x in galleries if kind_of.get(x.folder.parent) != "who"]
-    names = asked | {strip_ending(normal_form(name)) for x in free for name in own[x]}
-    vectors = {vector for clips in own.values() for of in clips.values() for vector in of}
-    arrays = [np.frombuffer(vector, np.float32) for vector in vectors]
-    search = _Search(people, asked, vectors, Traces(people, names, arrays, known), found, delete)
-    for gallery in free:
-        alike = _list_clips(gallery, (), list_clear_names(names), vectors)
-        search.in_gallery(gallery, own[gallery].keys(), alike.keys() - own[gallery])
-    groups = group_by_key((_find_whole(path, kind_of), path) for path in paths)
-    for folder, kind in sorted(kind_of.items()):
-        inside = [x for x in galleries if kind == "who" and x.folder.parent == folder]
-        search.in_folder(folder, kind, groups.get(folder, []), inside)
-    search.in_files(groups.get(None, ()))
-    runs = {place.path for place in found if place.kind == "run"}
-    for gallery in galleries:
-        if (run := Path(gallery.origin.workdir)) in runs:
-            about = f"its vectors were computed by '{run}', which was trained on the clips"
-            remedy = "make the gallery again with a new run"
-            found.append(Place("gallery", gallery.folder, about, remedy))
-    wanted = people | asked
-    return [*dict.fromkeys(found)], _find_similar(wanted, known - wanted, closely=not found)
+    search = _Search(people, asked, places, delete=delete)
+    search.in_galleries()
+    search.in_folders()
+    search.in_files()
+    wanted, found = people | asked, [*dict.fromkeys(search.found)]
+    return found, _find_similar(wanted, search.known - wanted, closely=not found)
 
 
 def list_left(out: Path, person: str) -> list[Path]:
@@ -130,52 +108,104 @@ def list_left(out: Path, person: str) -> list[Path]:
     return [x.path for x in forget([person], (), list_roots([out]))[0] if x.left]
 
 
-def _find_in_results(out: Path, people: Collection[str]) -> str:
-    """Returns the name of a file of results that contains the name of a person, or "".
-
-    The names of folders of photos do not count. All other results follow from the log, and are
-    written together with the tables.
-    """
-    if any(line.says == "person" and line.name in people for line in log.read(out)):
-        return log.NAME
-    for name, column in {"names.tsv": "identity", "unmatched.tsv": "correction"}.items():
-        if files.exists(out / name):
-            (_, header), *rows = tables.read_text(out / name)
-            place = header.index(column) if column in header else 0
-            if any(cells[place].removeprefix("not ") in people for _, cells in rows):
-                return name
-    return ""
-
-
-@dataclasses.dataclass
 class _Search:
-    """Searches galleries and files, and adds reports to `found`. Deletes what it can, if asked."""
+    """Searches galleries and files, and adds reports to `found`. Deletes what it can, if asked.
 
-    people: set[str]
-    clips: set[str]
-    vectors: set[bytes]
-    traces: Traces
-    found: list[Place]
-    delete: bool
+    `known` are all names of people and clips in galleries and runs.
+    """
 
-    def in_gallery(self, gallery: Gallery, own: Collection[str], alike: Collection[str]) -> None:
-        """Reports the clips `own`, which are deleted, and others with their names or vectors."""
-        if alike:
-            shown = ", ".join(f"'{show(clip)}'" for clip in sorted(alike))
-            about = f"a name or a vector of the clips is in {shown}"
-            self.found.append(Place("gallery", gallery.folder, about, REMOVE))
-        if own:
-            owners = Counter(gallery.clips[clip].identity for clip in own)
-            counts = {f"'{show(x)}'" if x else "strangers": n for x, n in owners.items()}
-            texts = [f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items())]
-            about, remedy = self._try(lambda: gallery.remove(clip={*own}), ", ".join(texts))
-            self.found.append(Place("gallery", gallery.folder, about, remedy))
+    def __init__(self, people: set[str], clips: set[str], places: Iterable[Path], *, delete: bool):
+        self._people, self._clips, self._delete = people, clips, delete
+        self.found, self.known, self._kinds = list[Place](), set[str](), dict[Path, str]()
+        paths = self._survey(places)
+        # Folder that is listed instead of its files -> its files. Other files have the key None.
+        self._files = group_by_key((self._find_whole(path), path) for path in paths)
+        self._own = dict[Gallery, dict[str, set[bytes]]]()
+        for folder, kind in self._kinds.items():
+            if kind == "gallery" and (gallery := self._read(folder, Gallery)):
+                self._own[gallery] = _list_clips(gallery, people, clips)
+                self.known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
+            if kind == "run":
+                self.known |= self._read(folder, _read_people) or set()
+        # In results of `vidjax who`, clips have names of films: only their vectors are searched.
+        self._free = [x for x in self._own if self._kinds.get(x.folder.parent) != "who"]
+        of_free = {strip_ending(normal_form(name)) for x in self._free for name in self._own[x]}
+        self._names = clips | of_free
+        self._vectors = {x for own in self._own.values() for of in own.values() for x in of}
+        arrays = [np.frombuffer(vector, np.float32) for vector in self._vectors]
+        self._traces = Traces(people, self._names, arrays, self.known)
 
-    def in_files(self, paths: Iterable[Path]) -> None:
+    def in_galleries(self) -> None:
+        """Reports the searched clips, which are deleted, and others with their names or vectors."""
+        names = list_clear_names(self._names)
+        for gallery in self._free:
+            alike = _list_clips(gallery, (), names, self._vectors).keys() - self._own[gallery]
+            if alike:
+                shown = ", ".join(f"'{show(clip)}'" for clip in sorted(alike))
+                about = f"a name or a vector of the clips is in {shown}"
+                self._report("gallery", gallery.folder, about, REMOVE)
+            if own := {*self._own[gallery]}:
+                owners = Counter(gallery.clips[clip].identity for clip in own)
+                counts = {f"'{show(x)}'" if x else "strangers": n for x, n in owners.items()}
+                texts = [f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items())]
+                about, remedy = self._try(partial(gallery.remove, clip=own), ", ".join(texts))
+                self._report("gallery", gallery.folder, about, remedy)
+
+    def in_folders(self) -> None:
+        """Searches the folders that are listed instead of their files."""
+        for folder, kind in self._kinds.items():
+            if kind == "unfinished":
+                about = "a killed conversion, which may contain features of the clips"
+                self._report("records", folder, about, self._remove_partial(folder))
+            elif kind in REMEDIES and (about := self._find_first(folder, kind)):
+                remedy = REMEDIES[kind]
+                if kind == "records":
+                    about, remedy = self._try(partial(_delete_records, folder), about)
+                elif kind == "who" and self._people:
+                    about, remedy = self._try(partial(actions.forget, folder, self._people), about)
+                if remedy == DELETED and (left := self._find_first(folder, kind)):
+                    about, remedy = left, REMEDIES[kind]
+                self._report(kind, folder, about, remedy)
+        runs = {place.path for place in self.found if place.kind == "run"}
+        for gallery in self._own:
+            if (run := Path(gallery.origin.workdir)) in runs:
+                about = f"its vectors were computed by '{run}', which was trained on the clips"
+                remedy = "make the gallery again with a new run"
+                self._report("gallery", gallery.folder, about, remedy)
+
+    def _find_first(self, folder: Path, kind: str) -> str:
+        """Returns where a folder contains a name or vector, or ""."""
+        search = self._in_result if kind == "who" else self._traces.in_file
+        for path in sorted(self._files.get(folder, ()), key=lambda x: x.name != log.NAME):
+            if trace := self._read(path, search):
+                return f"'{show(path.name)}' {trace.about}"
+        for gallery in self._own if kind == "who" else ():
+            if gallery.folder.parent == folder:
+                gallery.refresh()
+                if clips := _list_clips(gallery, self._people, self._clips, self._vectors):
+                    count = messages.count(len(clips), "clip")
+                    return f"'{gallery.folder.name}' contains {count}"
+        is_damaged = folder / log.NAME in {place.path for place in self.found}
+        return f"'{log.NAME}' cannot be read" if is_damaged else ""
+
+    def _in_result(self, path: Path) -> Trace | None:
+        """Searches a file of results of `vidjax who`.
+
+        All results follow from the log, and are written together with the tables. So names of
+        people are searched only in the log, in the tables, and in the tags of photos. The names of
+        folders of photos do not count.
+        """
+        if not self._people.isdisjoint(_list_names(path)):
+            return Trace("contains the name", ours=True)
+        if self._clips or path.parent.parent.name == PEOPLE:
+            return self._traces.in_file(path)
+        return None  # faces in films stay, without the name
+
+    def in_files(self) -> None:
         """Searches files outside the folders of REMEDIES, or which a user has put into results."""
         seen = set[Path]()  # files of the same film or photo
-        for path, trace in self._list_traces(paths):
-            if path in seen:
+        for path in self._files.get(None, ()):
+            if path in seen or not (trace := self._read(path, self._traces.in_file)):
                 continue
             group = media.list_files_of(path)
             group = group if path in group else []
@@ -184,82 +214,76 @@ class _Search:
             remedy = DELETE_FILE if group or (trace.ours and not is_copy) else LOOK
             if PARTIAL.fullmatch(path.name):
                 remedy = self._remove_partial(path)
-            self.found += [Place("file", x, f"it {trace.about}", remedy) for x in group or [path]]
+            for x in group or [path]:
+                self._report("file", x, f"it {trace.about}", remedy)
 
-    def in_folder(
-        self, folder: Path, kind: str, paths: Iterable[Path], galleries: Iterable[Gallery]
-    ) -> None:
-        """Searches the files `paths` in a folder of some kind, and `galleries` in results."""
-        if kind == "unfinished":
-            about = "a killed conversion, which may contain features of the clips"
-            self.found.append(Place("records", folder, about, self._remove_partial(folder)))
-        elif about := self._find_first(folder, kind, paths, galleries):
-            remedy = REMEDIES[kind]
-            acts = {"records": lambda: _delete_records(folder)}
-            if self.people:
-                acts["who"] = lambda: actions.forget(folder, self.people)
-            if act := acts.get(kind):
-                about, remedy = self._try(act, about)
-            if remedy == DELETED and (left := self._find_first(folder, kind, paths, galleries)):
-                about, remedy = left, REMEDIES[kind]
-            self.found.append(Place(kind, folder, about, remedy))
+    def _report(self, kind: str, path: Path, about: str, remedy: str) -> None:
+        self.found.append(Place(kind, path, about, remedy))
 
-    def _find_first(
-        self, folder: Path, kind: str, paths: Iterable[Path], galleries: Iterable[Gallery]
-    ) -> str:
-        """Returns where a folder contains a name or vector, or ""."""
-        if kind == "who":
-            try:
-                if name := _find_in_results(folder, self.people):
-                    return f"'{name}' contains the name"
-            except (UserError, OSError) as error:
-                self.found.append(_list_unread(folder / log.NAME, error))
-                return f"'{log.NAME}' cannot be read"
-        for gallery in galleries:
-            gallery.refresh()
-            if clips := _list_clips(gallery, self.people, self.clips, self.vectors):
-                return f"'{gallery.folder.name}' contains {messages.count(len(clips), 'clip')}"
-        traces = self._list_traces(paths, is_result=kind == "who")
-        return next((f"'{show(path.name)}' {trace.about}" for path, trace in traces), "")
+    def _read(self, path: Path, read: Callable[[Path], T]) -> T | None:
+        """Returns `read(path)`. If that is impossible, reports the file or folder as unread."""
+        try:
+            return read(path)
+        except FileNotFoundError:
+            return None  # another program has deleted it
+        except Exception as error:  # a damaged file may cause any error in a library
+            self._report_unread(path, error)
+            return None
 
-    def _list_traces(
-        self, paths: Iterable[Path], *, is_result: bool = False
-    ) -> Iterator[tuple[Path, Trace]]:
-        """Yields each file with a trace. `is_result` is True for results of `vidjax who`."""
-        for path in paths:
-            if is_result and not self.clips and path.parent.parent.name != PEOPLE:
-                continue  # `_find_in_results` searches names; faces in films stay, without the name
-            try:
-                if trace := self.traces.in_file(path):
-                    yield path, trace
-            except FileNotFoundError:
-                continue  # another program has deleted it
-            except Exception as error:  # a damaged file may cause any error in a library
-                self.found.append(_list_unread(path, error))
+    def _report_unread(self, path: Path, error: Exception) -> None:
+        about = next(iter(str(error).splitlines()), type(error).__name__)
+        self._report("unread", path, about, "search it yourself")
 
     def _try(self, act: Callable[[], object], about: str) -> tuple[str, str]:
         """Calls `act` to delete something; returns the reason and the remedy of a `Place`."""
         try:
-            if self.delete:
+            if self._delete:
                 act()
-            return about, DELETED if self.delete else DELETE
+            return about, DELETED if self._delete else DELETE
         except (UserError, OSError) as error:
             return f"{about}, not deleted: {str(error).splitlines()[0]}", REPAIR
 
     def _remove_partial(self, path: Path) -> str:
-        is_gone = self.delete and files.remove_partial(path)
-        return DELETED if is_gone else WAIT if self.delete else DELETE
+        is_gone = self._delete and files.remove_partial(path)
+        return DELETED if is_gone else WAIT if self._delete else DELETE
 
+    def _survey(self, places: Iterable[Path]) -> list[Path]:
+        """Returns the sorted files below `places` that are searched. Follows no links.
 
-def _open_all(
-    read: Callable[[Path], T], kind_of: Mapping[Path, str], kind: str, found: list[Place]
-) -> Iterator[T]:
-    """Yields `read(folder)` for each folder of a kind. Adds unreadable folders to `found`."""
-    for folder in sorted(folder for folder, of in kind_of.items() if of == kind):
-        try:
-            yield read(folder)
-        except (UserError, OSError) as error:
-            found.append(_list_unread(folder, error))
+        Adds each folder and its kind to `self._kinds`, sorted, see `_find_kind`. Reports places
+        that are empty or cannot be read.
+        """
+        paths = set[Path]()
+        for root in map(Path.absolute, places):
+            if not root.is_dir():
+                raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
+            if _is_empty(root):
+                about = "it is empty: is the drive connected?"
+                self._report("unread", root, about, "connect it, and search it again")
+            unread = list[OSError]()
+            for place, inner, names in os.walk(root, onerror=unread.append):
+                folder = Path(place)
+                kind = self._kinds[folder] = _find_kind(folder, {*names, *inner})
+                if kind in ("records", "unfinished"):
+                    inner.clear()
+                    names = ["index.npz"] if kind == "records" else []
+                paths |= {folder / x for x in {*names} - {GALLERY_FILE, JOURNAL_FILE}}
+            for error in unread:
+                self._report_unread(Path(error.filename or root), error)
+        self._kinds = dict(sorted(self._kinds.items()))
+        return sorted(paths)
+
+    def _find_whole(self, path: Path) -> Path | None:
+        """Returns the innermost folder that is listed instead of the file `path`, or None.
+
+        For example, if `path` is a file of a training run, returns the folder of the run.
+        """
+        inside = (x for x in (path, *path.parents) if self._kinds.get(x) in REMEDIES)
+        whole = next(inside, None)
+        if whole is None or PARTIAL.fullmatch(path.name):  # a killed process has left it
+            return None
+        is_own = RESULTS.fullmatch(path.relative_to(whole).as_posix())
+        return whole if is_own or self._kinds[whole] != "who" else None
 
 
 def _list_clips(
@@ -314,43 +338,6 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
     return {name: other for name, other in near.items() if other}
 
 
-def _survey(places: Iterable[Path], kind_of: dict[Path, str], found: list[Place]) -> list[Path]:
-    """Returns the sorted files below `places` that are searched. Follows no links.
-
-    Adds each folder and its kind to `kind_of`, see `_find_kind`. Adds reports on places that are
-    empty or cannot be read to `found`.
-    """
-    paths = set[Path]()
-    for root in map(Path.absolute, places):
-        if not root.is_dir():
-            raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
-        if _is_empty(root):
-            about = "it is empty: is the drive connected?"
-            found.append(Place("unread", root, about, "connect it, and search it again"))
-        unread = list[OSError]()
-        for place, inner, names in os.walk(root, onerror=unread.append):
-            folder = Path(place)
-            kind = kind_of[folder] = _find_kind(folder, {*names, *inner})
-            if kind in ("records", "unfinished"):
-                inner.clear()
-                names = ["index.npz"] if kind == "records" else []
-            paths |= {folder / x for x in {*names} - {GALLERY_FILE, JOURNAL_FILE}}
-        found += [_list_unread(error.filename or root, error) for error in unread]
-    return sorted(paths)
-
-
-def _find_whole(path: Path, kind_of: Mapping[Path, str]) -> Path | None:
-    """Returns the innermost folder that is listed instead of the file `path`, or None.
-
-    For example, if `path` is a file of a training run, returns the folder of the run.
-    """
-    whole = next((x for x in (path, *path.parents) if kind_of.get(x) in REMEDIES), None)
-    if whole is None or PARTIAL.fullmatch(path.name):  # a killed process has left it
-        return None
-    is_own = RESULTS.fullmatch(path.relative_to(whole).as_posix())
-    return whole if is_own or kind_of[whole] != "who" else None
-
-
 def _find_kind(folder: Path, there: set[str]) -> str:
     """Returns the kind of a folder. `there` are the names of its files and inner folders.
 
@@ -369,9 +356,15 @@ def _find_kind(folder: Path, there: set[str]) -> str:
     return next((kind for kind, is_found in kinds.items() if is_found), "")
 
 
-def _list_unread(path: str | Path, error: Exception) -> Place:
-    about = next(iter(str(error).splitlines()), type(error).__name__)
-    return Place("unread", Path(path), about, "search it yourself")
+def _list_names(path: Path) -> set[str]:
+    """Returns the names of people in the log, or in a table, of results of `vidjax who`."""
+    if path.name == log.NAME:
+        return {str(line.name) for line in log.read(path.parent) if line.says == "person"}
+    if path.name not in NAME_COLUMNS:
+        return set()
+    (_, header), *rows = tables.read_text(path)
+    place = header.index(NAME_COLUMNS[path.name])
+    return {cells[place].removeprefix("not ") for _, cells in rows}
 
 
 def _delete_records(folder: Path) -> None:
