@@ -179,8 +179,8 @@ class _Search:
         for path in sorted(self._files.get(folder, ()), key=lambda x: x.name != log.NAME):
             if trace := self._read(path, search):
                 return f"'{show(path.name)}' {trace.about}"
-        for gallery in self._own if kind == "who" else ():
-            if gallery.folder.parent == folder:
+        for gallery in self._own:
+            if kind == "who" and gallery.folder.parent == folder:
                 gallery.refresh()
                 if clips := _list_clips(gallery, self._people, self._clips, self._vectors):
                     count = messages.count(len(clips), "clip")
@@ -253,6 +253,10 @@ class _Search:
         Adds each folder and its kind to `self._kinds`, sorted, see `_find_kind`. Reports places
         that are empty or cannot be read.
         """
+
+        def unread(error: OSError) -> None:
+            self._report_unread(Path(error.filename), error)
+
         paths = set[Path]()
         for root in map(Path.absolute, places):
             if not root.is_dir():
@@ -260,16 +264,13 @@ class _Search:
             if _is_empty(root):
                 about = "it is empty: is the drive connected?"
                 self._report("unread", root, about, "connect it, and search it again")
-            unread = list[OSError]()
-            for place, inner, names in os.walk(root, onerror=unread.append):
+            for place, inner, names in os.walk(root, onerror=unread):
                 folder = Path(place)
                 kind = self._kinds[folder] = _find_kind(folder, {*names, *inner})
                 if kind in ("records", "unfinished"):
                     inner.clear()
                     names = ["index.npz"] if kind == "records" else []
                 paths |= {folder / x for x in {*names} - {GALLERY_FILE, JOURNAL_FILE}}
-            for error in unread:
-                self._report_unread(Path(error.filename or root), error)
         self._kinds = dict(sorted(self._kinds.items()))
         return sorted(paths)
 
@@ -373,7 +374,6 @@ def _delete_records(folder: Path) -> None:
             raise UserError("some files are left in this folder")
 
 
-def _read_people(folder: Path) -> set[str]:
+def _read_people(run: Path) -> set[str]:
     """Returns the names of the people of a run."""
-    path = folder / "identities.json"
-    return {*map(str, files.read_json(path, list, PEOPLE_BYTES))} if files.exists(path) else set()
+    return {*map(str, files.read_json(run / "identities.json", list, PEOPLE_BYTES))}
