@@ -279,8 +279,7 @@ class _Search:
 
         For example, if `path` is a file of a training run, returns the folder of the run.
         """
-        inside = (x for x in (path, *path.parents) if self._kinds.get(x) in REMEDIES)
-        whole = next(inside, None)
+        whole = next((x for x in path.parents if self._kinds.get(x) in REMEDIES), None)
         if whole is None or PARTIAL.fullmatch(path.name):  # a killed process has left it
             return None
         is_own = RESULTS.fullmatch(path.relative_to(whole).as_posix())

@@ -212,8 +212,7 @@ class MainFigures:
     """
 
     def __init__(self) -> None:
-        self._shot = self._frames = 0
-        self._begin_s = 0.0
+        self._frames, self._begin_s = 0, 0.0  # of the current shot
         self._track = Track(0, 0)
         self._ended: list[Track] = []
 
@@ -231,7 +230,7 @@ class MainFigures:
             if areas[main] >= MAIN_FIGURE_RATIO * np.delete(areas, main).max(initial=0.0):
                 # A person in the first searched frame of a shot is visible from its start.
                 self._track.times.append(self._begin_s if self._frames == 1 else time_s)
-                numbers[main] = self._shot
+                numbers[main] = self._track.number
         return numbers
 
     def cut(self, time_s: float, next_s: float | None = None) -> None:
@@ -241,14 +240,14 @@ class MainFigures:
         # The tolerance is for rounding errors of times.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
             self._ended.append(self._track)
-        self._shot += 1
-        self._begin_s = time_s if next_s is None else next_s
-        self._frames, self._track = 0, Track(self._shot, self._shot)
+        shot = self._track.shot + 1
+        self._frames, self._begin_s = 0, time_s if next_s is None else next_s
+        self._track = Track(shot, shot)
 
     @property
     def live(self) -> set[int]:
         """The numbers of the tracks that have not ended: only the number of the current shot."""
-        return {self._shot}
+        return {self._track.number}
 
     def take_ended(self) -> list[Track]:
         """Returns the tracks of main people in the shots that have ended since the last call."""

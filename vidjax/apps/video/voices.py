@@ -146,7 +146,7 @@ def cut_spans(
 def raise_level(windows: np.ndarray) -> np.ndarray:
     """Amplifies faint windows of sound [N, T] to a level of -30 dB full scale, except silence."""
     level = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1, keepdims=True))
-    gain = np.where(level > 0, np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1), 1)
+    gain = np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1)
     return (windows * gain).astype(np.float32)
 
 
