@@ -17,7 +17,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
-from vidjax.cli import config_command, program, run_commands  # noqa: F401 (no test imports it)
+from vidjax.cli import program, run_commands
 from vidjax.core import devices
 from vidjax.runs import checkpoint, config as config_lib, config_io, programs, results
 from vidjax.runs.run_folder import RunFolder

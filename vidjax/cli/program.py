@@ -187,14 +187,12 @@ def load(name: str) -> Callable[[Parser], None]:
     """Returns the function that adds the flags of the command `name` to a parser."""
     # Only one module is imported, because others may need packages that are not installed.
     match name:
-        case "train" | "evaluate" | "report":
+        case "train" | "evaluate" | "report" | "config":
             from vidjax.cli import run_commands as commands
         case "rank" | "embed" | "compare" | "score":
             from vidjax.cli import ranking_commands as commands
         case "check":
             from vidjax.cli import check_command as commands
-        case "config":
-            from vidjax.cli import config_command as commands
         case "gallery":
             from vidjax.cli import gallery_commands as commands
         case "extract" | "convert" | "measure-card" | "who" | "review":
