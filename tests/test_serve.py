@@ -32,8 +32,8 @@ from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import JOURNAL_FILE, VectorOrigin
-from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
-from vidjax.apps.serve.batcher import Batcher, Changes
+from vidjax.apps.serve import app as app_lib, batcher as batcher_lib, limits as limits_lib
+from vidjax.apps.serve.batcher import Batcher, Changes, GalleryModel, Question
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import LIMITS, Limits
 from vidjax.cli import program
@@ -94,7 +94,7 @@ def as_npz(**arrays: Any):
 
 
 def question(clips):
-    return gallery_model.Question({
+    return Question({
         name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
     })  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_enrolment_lists_clips_of_another_person_and_of_another_enrolled_person(
         assert answer["enrolled"] == 5 and [*answer["misfits"]] == ["Eve 7"]
         assert answer["misfits"] == Gallery(folder).find_misfits("Zoë")
         assert answer["rivals"] == {"copy": "person 3"}
-        described = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]["EnrolAnswer"]
+        described = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]["Enrolment"]
         assert described["properties"].keys() == answer.keys() == {*described["required"]}
         more = servers.enrolment("Zoë", 3)  # only clips of the request are listed
         assert server.ask("POST", "/enrol", more)[1]["misfits"] == {}
@@ -204,7 +204,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
 def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     too_narrow = question({"b": {"face": np.ones((1, 3), np.float32)}})
     batch: Any = [*(question({clip: frames}) for clip, frames in CLIPS.items()), too_narrow]
-    *answers, error = gallery_model.GalleryModel(people).answer(batch)
+    *answers, error = GalleryModel(people).answer(batch)
     assert isinstance(error, errors.UserError) and "clip b" in str(error)
     for answer, (clip, wanted) in zip(answers, people.identify(CLIPS).items(), strict=True):
         assert_close(as_json(clip, answer[0]), wanted)
@@ -212,9 +212,9 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 
 @pytest.mark.slow
 def test_questions_after_warm_up_do_not_compile(nearest_run, data, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(gallery_model, "PAD_LENGTHS", (1, 8))  # compiles less
+    monkeypatch.setattr(batcher_lib, "PAD_LENGTHS", (1, 8))  # compiles less
     gallery = Gallery.create(tmp_path / "g", nearest_run, data)
-    model = gallery_model.GalleryModel(gallery)
+    model = GalleryModel(gallery)
     model.warm()
     with jax.log_compiles():
         for lengths in ([1], [7, 1], [8] * 6):
@@ -332,7 +332,7 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
             path.write_bytes(content)
         ask(200, "GET", "/identities")
         denied = PermissionError(errno.EACCES, "Permission denied", str(path))
-        assert limits_lib.to_refusal(denied).status == 503  # 507 is a full disk
+        assert limits_lib.to_refusal(denied, "").status == 503  # 507 is a full disk
 
 
 def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
@@ -590,22 +590,25 @@ def test_full_queue_refuses_with_retry_after_and_clients_that_go_delay_nobody():
     limits = Limits(waiting_clips=4, batch_clips=2, waiting_changes=1)
     batch_sizes, go = [], threading.Event()
 
-    def double(numbers):
-        batch_sizes.append(len(numbers))
+    def answer(questions):
+        batch_sizes.append(len(questions))
         assert go.wait(5)
-        return [2 * number for number in numbers]
+        return [question.k for question in questions]
 
     async def run():
-        batcher, changes = Batcher(double, limits, ServerMetrics()), Changes(limits)
-        ask: Any = batcher.ask  # questions are numbers
+        batcher, changes = Batcher(answer, limits, ServerMetrics()), Changes(limits)
+
+        def ask(number):
+            return batcher.ask(Question({"a": {}}, k=number))
+
         # The queues are full: 4 questions wait behind a batch of 2, and a change is being made.
         asked = []
         for numbers in (range(3), range(3, 6)):
-            asked += [asyncio.create_task(ask(n, size=1)) for n in numbers]
+            asked += [asyncio.create_task(ask(n)) for n in numbers]
             await asyncio.sleep(0.05)  # at first, a batch of 2 begins
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
         await asyncio.sleep(0.01)  # the change begins
-        for work in (ask(9, size=1), changes.make(lambda: None)):
+        for work in (ask(9), changes.make(lambda: None)):
             with pytest.raises(Refused) as error:
                 await work
             assert error.value.status == 429 and error.value.headers["retry-after"]
@@ -614,7 +617,7 @@ def test_full_queue_refuses_with_retry_after_and_clients_that_go_delay_nobody():
         go.set()
         assert await slow
         answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
-        assert answers[1:5] == [2, 4, 6, 8] and max(batch_sizes) == 2 and sum(batch_sizes) == 5
+        assert answers[1:5] == [1, 2, 3, 4] and max(batch_sizes) == 2 and sum(batch_sizes) == 5
         batcher.thread.shutdown()
         changes.thread.shutdown()
 
@@ -623,7 +626,7 @@ def test_full_queue_refuses_with_retry_after_and_clients_that_go_delay_nobody():
 
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     compiled = threading.Event()
-    monkeypatch.setattr(gallery_model.GalleryModel, "warm", lambda self: compiled.wait(30))
+    monkeypatch.setattr(GalleryModel, "warm", lambda self: compiled.wait(30))
     monkeypatch.setattr(Inside, "wait", lambda server: None)  # does not wait until it is ready
     with Inside(people) as server:
         assert server.ask("GET", web.LIVE)[0] == 200
@@ -663,7 +666,7 @@ def test_removal_is_answered_after_earlier_answers_have_ended(folder, monkeypatc
 
 def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
     with Inside(Gallery(folder)) as server:
-        bodies = server.app._bodies
+        bodies = server.app.bodies
         given = {"clips": [{"clip": "q", "face": [[1] * 8] * 900}]}  # 24 kB; its arrays 58 kB
         for free, *asked in ((50_000, "POST", "/identify", given), (0, "GET", "/identities")):
             bodies._held = bodies._limits.held_bytes - free

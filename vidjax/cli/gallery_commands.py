@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.answers import Rule
@@ -336,7 +338,7 @@ def _enrol(args: argparse.Namespace) -> Result:
             warning=True,
         )
     inputs_read = {"inputs": len(inputs)} if len(inputs) > 1 else {}
-    return _show_enrolled(gallery, done._asdict(), "clip", inputs_read)
+    return _show_enrolled(gallery, msgspec.structs.asdict(done), "clip", inputs_read)
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:

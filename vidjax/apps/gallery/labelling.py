@@ -4,7 +4,8 @@ import itertools
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from vidjax.apps.gallery.changes import check_person, find_equal
 from vidjax.apps.gallery.store import State, StoredClip
@@ -15,7 +16,7 @@ from vidjax.utils.names import cut_film_name, show, strip_ending
 from vidjax.utils.terminal import say
 
 
-class Enrolment(NamedTuple):
+class Enrolment(Struct, frozen=True):
     """How many clips `Gallery.enrol` has enrolled, and which clips and names are doubtful.
 
     Attributes:

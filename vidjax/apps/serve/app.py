@@ -25,20 +25,17 @@ from starlette.routing import Route, Router
 
 from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import gallery_model
-from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.gallery_model import DEFAULT_K, Frames, GalleryModel, Question
-from vidjax.apps.serve.limits import (
-    CHANGED,
-    LOG,
-    Bodies,
-    Guard,
-    Refused,
-    ServerMetrics,
-    one_line,
-    set_clock,
-    unprocessable,
+from vidjax.apps.gallery.labelling import Enrolment
+from vidjax.apps.serve.batcher import (
+    DEFAULT_K,
+    Batcher,
+    Changes,
+    Frames,
+    GalleryModel,
+    Question,
+    count_bytes,
 )
+from vidjax.apps.serve.limits import CHANGED, LOG, Guard, Refused, one_line, set_clock
 from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
 from vidjax.data.packed_clips import is_finite
@@ -77,7 +74,6 @@ Probability = Annotated[
 ]
 COMMON_ERRORS = (400, 401, 403, 500, 503)  # HTTP statuses of errors of every endpoint
 REMOVAL_ERRORS = (404, 409, 429, 507)
-ERROR_REF = "#/components/responses/Error"
 BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that read a body
 
 
@@ -119,28 +115,6 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
     strangers: bool = False
 
 
-class EnrolAnswer(Struct):
-    """The answer to a request that enrols clips, see `labelling.Enrolment`.
-
-    Attributes:
-      enrolled: the number of new clips.
-      unchanged: the number of clips that were enrolled before.
-      refused: clips without a usable frame. They are not enrolled.
-      similar: new person -> an enrolled person with a similar name.
-      rivals: clip of the request -> another enrolled person. The clip is enrolled, although it
-        seems to show this person, too.
-      misfits: clip of the request -> log-likelihood ratio, see `Gallery.find_misfits`. The clip is
-        enrolled, although it probably does not show its person.
-    """
-
-    enrolled: int
-    unchanged: int
-    refused: list[str]
-    similar: dict[str, str]
-    rivals: dict[str, str]
-    misfits: dict[str, float]
-
-
 class PageQuery(Struct, forbid_unknown_fields=True):
     """The query of a request for the list of people, which the server sends page by page."""
 
@@ -156,21 +130,23 @@ class Endpoint(NamedTuple):
     answer: Callable[[Request], Awaitable[Response]]
     # The HTTP statuses of errors, in addition to COMMON_ERRORS, and with a body to BODY_ERRORS.
     errors: tuple[int, ...] = ()
-    body: type[msgspec.Struct] | None = None  # the type of a JSON body
-    query: type[msgspec.Struct] | None = None  # the type of the query
-    result: type[msgspec.Struct] | None = None  # the type of the JSON in the answer
+    # The type of the fields: of a POST in the body, of another method in the query.
+    takes: type[Struct] | None = None
+    result: type[Struct] | None = None  # the type of the JSON in the answer
 
 
-class Application:
-    """The state of a server, and the functions that answer its requests.
+class Application(Guard):
+    """A server: its state, and the functions that answer its requests.
 
     The first line of each function's docstring appears in `/openapi.json`.
     """
 
-    def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
-        self.bodies, self.limits, self.metrics = bodies, limits, metrics
-        self.model, self.gallery = GalleryModel(gallery), gallery
-        self.batcher = Batcher(self.model.answer, limits, metrics)
+    def __init__(self, gallery: Gallery, limits: Limits, token: bytes | None):
+        routes = [Route(x.path, x.answer, methods=[x.method]) for x in self.list_endpoints()]
+        router = Router(routes, redirect_slashes=False, lifespan=self.run_lifespan)
+        super().__init__(router, gallery, limits, token)
+        self.model = GalleryModel(gallery)
+        self.batcher = Batcher(self.model.answer, limits, self.metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
@@ -183,7 +159,8 @@ class Application:
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
-            Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
+            gauge = Gauge(name, about, namespace="vidjax", registry=self.metrics.registry)
+            gauge.set_function(value)
 
     def list_endpoints(self) -> list[Endpoint]:
         """Returns all endpoints. The first endpoint that matches a request answers it."""
@@ -192,11 +169,11 @@ class Application:
             Endpoint("GET", "/v2/health/ready", self.is_ready),
             Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
-            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, result=EnrolAnswer),
-            Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
+            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, Enrolment),
+            Endpoint("GET", "/identities", self.identities, (422,), PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, REMOVAL_ERRORS),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, REMOVAL_ERRORS),
-            Endpoint("GET", "/threshold", self.threshold, (409, 422), query=RuleParameters),
+            Endpoint("GET", "/threshold", self.threshold, (409, 422), RuleParameters),
             Endpoint("GET", "/metrics", self.counters),
             Endpoint("GET", "/openapi.json", self.describe),
         ]
@@ -230,10 +207,10 @@ class Application:
             raise Refused(503, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
-    async def is_ready(self, request: Request) -> Response:
+    async def is_ready(self, _: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
-        if request.scope["vidjax.leaving"]:
+        if self.leaving.is_set():
             raise Refused(503, "the server is shutting down: ask another server")
         try:
             await asyncio.to_thread(self.model.check)
@@ -251,7 +228,7 @@ class Application:
         """Identifies the person in each clip. An unknown person is null."""
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
-        answers = await self.batcher.ask(question, len(clips))
+        answers = await self.batcher.ask(question)
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, answers)]})
 
     async def verify(self, request: Request) -> Response:
@@ -272,19 +249,19 @@ class Application:
         clips, body = await self._read(request, EnrolRequest)
         if (body.identity is not None) + bool(body.identities) + body.strangers != 1:
             text = "send either identity, identities ({clip: name}) or strangers (true)"
-            raise unprocessable(text)
+            raise Refused(422, text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
         for name in identities.values() if body.identity is None else [body.identity]:
             clean_identity(name)  # a wrong name is refused before vectors are computed
         if stray := identities.keys() - clips.keys():
             place = f"clip '{show(min(stray))}' is missing: "
-            raise unprocessable("each key of 'identities' must be a key of 'clips'", place)
+            raise Refused(422, "each key of 'identities' must be a key of 'clips'", place=place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         done = await self._change(
             request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
         )
-        return _encode_json(EnrolAnswer(**done._asdict()))
+        return _encode_json(done)
 
     async def identities(self, request: Request) -> Response:
         """Lists up to 10,000 people and their clip counts. `?after=NAME` starts after NAME."""
@@ -355,7 +332,7 @@ class Application:
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if request.query_params and not npz:
-            raise unprocessable("the URL has a query: with JSON, send all fields in the body")
+            raise Refused(422, "the URL has a query: with JSON, send all fields in the body")
         loop = asyncio.get_running_loop()
         if npz:
             try:
@@ -379,13 +356,13 @@ class Application:
             clips = [*itertools.islice(found, most + 1)]
             if not 0 < len(clips) <= most:
                 count = "too many" if clips else "no"
-                raise unprocessable(f"the request has {count} clips: send 1 to {most}")
+                raise Refused(422, f"the request has {count} clips: send 1 to {most}")
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
         is_large = npz or len(body) > LARGE_BYTES
         clips, fields = await loop.run_in_executor(self.reader, read) if is_large else read()
-        self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
+        self.bodies.hold(request.scope, 2 * count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
         self._check_ready()
         return clips, fields
@@ -404,14 +381,14 @@ def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: AN
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
     except RecursionError:
-        raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
+        raise Refused(422, "the JSON is nested too deeply: see /openapi.json") from None
     if "unknown field" in text and " - at `$" not in text:  # not of a nested object
         text += f": choose from {', '.join(kind.__struct_fields__)}"
     if not isinstance(given, bytes):
-        raise unprocessable("see /openapi.json", f"the query of the URL is wrong: {text}: ")
+        raise Refused(422, "see /openapi.json", place=f"the query of the URL is wrong: {text}: ")
     nan = re.search(rb"\b(NaN|Infinity)\b", given) and "invalid character" in text
     hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
-    raise unprocessable(hint, f"{text}: ")
+    raise Refused(422, hint, place=f"{text}: ")
 
 
 def _check_clips(
@@ -429,19 +406,19 @@ def _check_clips(
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
         if name in checked:
-            raise unprocessable("occurs twice: rename one of the two clips", f"{place} ")
+            raise Refused(422, "occurs twice: rename one of the two clips", place=f"{place} ")
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
             frames["features"] = np.atleast_1d(frames["features"])
             if problem := _find_problem(frames, widths[modality], limits.frames):
-                raise unprocessable(f"{modality}: {problem}", f"{place}, ")
+                raise Refused(422, f"{modality}: {problem}", place=f"{place}, ")
             frames["features"] = frames["features"].astype(np.float32, copy=False)
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
             place += f" has only {show(', '.join(map(str, clip.modalities)))}, but "
             text = f"the gallery uses {', '.join(widths)}: send one of these modalities"
-            raise unprocessable(text, place)
+            raise Refused(422, text, place=place)
     return checked
 
 
@@ -467,21 +444,18 @@ def _encode_json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None = None) -> Guard:
+def make_app(
+    gallery: Gallery, limits: Limits | None = None, token: bytes | None = None
+) -> Application:
     """Makes an ASGI application that serves a gallery.
 
     `token` is the secret that clients must send. If it is None, the server answers only programs
     on this machine.
     """
     check_argument("make_app: gallery", gallery, Gallery, "a gallery: vidjax.Gallery(FOLDER)")
-    limits, metrics = limits or Limits(), ServerMetrics()
+    limits = limits or Limits()
     gallery.lock_seconds = limits.lock_seconds
-    bodies = Bodies(limits)
-    application = Application(gallery, bodies, limits, metrics)
-    endpoints = application.list_endpoints()
-    routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
-    router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
-    return Guard(router, bodies, limits, metrics, gallery, token)
+    return Application(gallery, limits, token)
 
 
 def describe(
@@ -492,46 +466,38 @@ def describe(
     `widths` are modality -> width of its features. `info["x-limits"]` of the result contains the
     limits of the server.
     """
-    kinds = [
-        kind for point in endpoints for kind in (point.body, point.query, point.result) if kind
-    ]
+    kinds = [kind for point in endpoints for kind in (point.takes, point.result) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in (point.body for point in endpoints if point.body):  # requests with clips
-        clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
-        for name, width in widths.items():
-            row = {"type": "array", "items": {"type": "number"}}
-            clip[name] = {"type": "array", "items": {**row, "minItems": width, "maxItems": width}}
     text: dict[str, object] = {"type": "string"}
     paths: dict[str, dict[str, object]] = {}
     for point in endpoints:
         path = point.path.replace(":path", "")
-        words = schemas[point.query.__name__]["properties"] if point.query else {}
-        if point.body:
-            fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
-            rest = ", ".join(sorted(fields))
+        words = schemas[point.takes.__name__]["properties"] if point.takes else {}
+        done: dict[str, object] = {"description": "done"}
+        if point.result:
+            done["content"] = _refer_to(point.result)
+        described: dict[str, object] = {"summary": str(point.answer.__doc__).partition("\n")[0]}
+        statuses = [*COMMON_ERRORS, *point.errors]
+        if point.takes and point.method == "POST":  # a request with clips
+            statuses += BODY_ERRORS
+            clip = words["clips"]["items"]["properties"]
+            for name, width in widths.items():
+                row = {"type": "array", "items": {"type": "number"}}
+                row |= {"minItems": width, "maxItems": width}
+                clip[name] = {"type": "array", "items": row}
+            rest = ", ".join(sorted(words.keys() - {"clips", "identities"}))
             about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"
             words = {"clip": {**text, "description": about}}
+            npz = {"schema": {**text, "format": "binary"}}
+            content = {**_refer_to(point.takes), "application/x-npz": npz}
+            described["requestBody"] = {"required": True, "content": content}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [
             {"name": name, "in": "path", "required": True, "schema": text}
             for name in re.findall(r"{(\w+)}", path)
         ]
-        statuses = [*COMMON_ERRORS, *point.errors, *(BODY_ERRORS if point.body else ())]
-        errors = {str(status): {"$ref": ERROR_REF} for status in statuses}
-        done: dict[str, object] = {"description": "done"}
-        if point.result:
-            schema = {"$ref": f"#/components/schemas/{point.result.__name__}"}
-            done["content"] = {"application/json": {"schema": schema}}
-        described: dict[str, object] = {
-            "summary": str(point.answer.__doc__).partition("\n")[0],
-            "parameters": parameters,
-            "responses": {"200": done, **errors},
-        }
-        if point.body:
-            schema = {"$ref": f"#/components/schemas/{point.body.__name__}"}
-            npz = {"schema": {**text, "format": "binary"}}
-            content = {"application/json": {"schema": schema}, "application/x-npz": npz}
-            described["requestBody"] = {"required": True, "content": content}
+        errors = {str(status): {"$ref": "#/components/responses/Error"} for status in statuses}
+        described |= {"parameters": parameters, "responses": {"200": done, **errors}}
         paths.setdefault(path, {})[point.method.lower()] = described
     error = {"type": "object", "properties": {"error": text}, "required": ["error"]}
     content_of_errors = {"application/json": {"schema": error}}
@@ -547,3 +513,8 @@ def describe(
         },
         "security": [{}, {"token": []}],
     }
+
+
+def _refer_to(kind: type[Struct]) -> dict[str, object]:
+    """Returns the description of a body: JSON of the class `kind`."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}

@@ -2,24 +2,122 @@
 
 While a batch is answered, new requests wait and form the next batch. So a request to an idle server
 does not wait, and batches grow with the load. The gallery is the file of known people. It is
-changed in another thread, because a change can take minutes.
+changed in another thread, because a change can take minutes. The answer to a request does not
+depend on the other requests of its batch.
 """
 
 import asyncio
 import contextlib
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.serve.gallery_model import Question
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import Limits
+from vidjax.data.clips import PAD_LENGTHS
+from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.utils.errors import mute_thread
+from vidjax.utils.groups import group_by_key
 
 T = TypeVar("T")
+DEFAULT_K = 5
+Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
+FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
 LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
+
+
+class Question(NamedTuple):
+    """A request to identify clips: the clips, and the options of `Gallery.identify`."""
+
+    clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
+    k: int = DEFAULT_K  # the largest number of identities per clip
+    # When a clip gets a name, see `Gallery.identify`.
+    fpir: float | None = None
+    threshold: float | None = None
+
+
+def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
+    """Returns the number of bytes that clips take in memory while they are scored.
+
+    `clips` is name of the clip -> modality -> frames.
+    """
+    features = [frames["features"] for clip in clips.values() for frames in clip.values()]
+    return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
+
+
+def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
+    """Puts the clips of all questions into one mapping: name -> modality -> frames.
+
+    If there are several questions, each name begins with the number of its question, such as `0/a`.
+    """
+    if len(questions) == 1:  # errors should contain the names that the client has sent
+        return questions[0].clips
+    return {
+        f"{number}/{name}": clip
+        for number, question in enumerate(questions)
+        for name, clip in question.clips.items()
+    }
+
+
+class GalleryModel:
+    """Answers requests to identify clips. The gallery contains the known people."""
+
+    def __init__(self, gallery: Gallery):
+        self.gallery = gallery
+        self.check()  # loads the run of the gallery, so that errors appear at the start
+
+    def check(self) -> None:
+        """Raises an error if the gallery or the model that makes its embeddings cannot be read."""
+        self.gallery.refresh()
+        _ = self.widths
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The modalities that the gallery reads: modality -> width of the features of a frame."""
+        return self.gallery.source.reads[0]
+
+    def answer(self, questions: Sequence[Question]) -> list[Any]:
+        """Answers a batch of questions; returns an answer or an exception for each question.
+
+        If the batch fails, each question is answered separately. So only wrong questions get an
+        error.
+        """
+        try:
+            return [*self.answer_batch(questions)]
+        except Exception as error:
+            if len(questions) == 1:
+                return [error]
+            return [result for question in questions for result in self.answer([question])]
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        """Identifies the clips of all questions at once; returns the answers of each question."""
+        embedded = self.gallery.embed(_join_clips(questions))
+        left = iter(embedded.names)
+        names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]
+        pairs = ((x[1:], names) for x, names in zip(questions, names_of, strict=True))
+        answers: dict[str, Answer] = {}
+        for (k, fpir, threshold), names in group_by_key(pairs).items():
+            subset = embedded.only({*itertools.chain.from_iterable(names)})
+            answers |= self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
+        return [[answers[name] for name in names] for names in names_of]
+
+    def warm(self) -> None:
+        """Answers test questions, so that JAX compiles all programs before the first request."""
+        if not self.gallery.origin.cards:
+            for length in PAD_LENGTHS:
+                self.gallery.embed(self._make_test_question(length).clips)
+        if self.gallery.index.names:
+            self.answer_batch([self._make_test_question(1)])
+
+    def _make_test_question(self, length: int) -> Question:
+        frames = {name: np.ones((length, width), np.float32) for name, width in self.widths.items()}
+        return Question({"0": {name: {"features": features} for name, features in frames.items()}})
 
 
 def _make_thread(name: str) -> ThreadPoolExecutor:
@@ -28,14 +126,6 @@ def _make_thread(name: str) -> ThreadPoolExecutor:
     They may contain names of people, and the log of a server must contain no such names.
     """
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
-
-
-class _Waiting(NamedTuple):
-    """A question that waits, its number of clips, and the future that gets the answer."""
-
-    question: Question
-    size: int
-    answer: asyncio.Future[Any]
 
 
 class Batcher:
@@ -57,21 +147,21 @@ class Batcher:
         of batches.
         """
         self._answer, self._limits, self._metrics = answer, limits, metrics
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[Question, asyncio.Future[Any]]] = deque()
         self.thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait for an answer or for their vectors
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
-    async def ask(self, question: Question, size: int) -> list[Answer]:
-        """Returns the answers to a question, one for each of its `size` clips.
+    async def ask(self, question: Question) -> list[Answer]:
+        """Returns the answers to a question, one for each of its clips.
 
         Raises Refused (HTTP status 429) if too many clips wait. If the question cannot be answered,
         raises the exception that it caused.
         """
-        self._add(size)
+        self._add(len(question.clips))
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(question, size, future))
+        self._waiting.append((question, future))
         if self.size >= self._target:
             self._enough.set()
         if self._batch is None:
@@ -88,21 +178,19 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             while batch := self._take_batch():
-                questions = [request.question for request in batch]
-                try:
-                    answers = await loop.run_in_executor(self.thread, self._answer, questions)
-                except Exception as error:
-                    answers = [error] * len(batch)
-                self._metrics.clips.observe(sum(request.size for request in batch))
-                for request, answer in zip(batch, answers, strict=True):
-                    if request.answer.done():
+                questions = [question for question, _ in batch]
+                answers = await loop.run_in_executor(self.thread, self._answer, questions)
+                clips = sum(len(question.clips) for question in questions)
+                self._metrics.clips.observe(clips)
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if future.done():
                         continue
                     if isinstance(answer, Exception):
-                        request.answer.set_exception(answer)
+                        future.set_exception(answer)
                     else:
-                        request.answer.set_result(answer)
+                        future.set_result(answer)
                 if len(batch) > 1:
-                    await self._linger(sum(request.size for request in batch))
+                    await self._linger(clips)
         finally:
             self._batch = None
 
@@ -116,18 +204,19 @@ class Batcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._enough.wait(), LINGER_SECONDS)
 
-    def _take_batch(self) -> list[_Waiting]:
+    def _take_batch(self) -> list[tuple[Question, asyncio.Future[Any]]]:
         """Takes the next batch from the queue. Requests whose clients have gone are left out."""
-        batch: list[_Waiting] = []
-        clips = 0
-        while self._waiting and (
-            not batch or clips + self._waiting[0].size <= self._limits.batch_clips
-        ):
-            request = self._waiting.popleft()
-            self.size -= request.size
-            if not request.answer.done():
-                batch.append(request)
-                clips += request.size
+        batch, clips = list[tuple[Question, asyncio.Future[Any]]](), 0
+        while self._waiting:
+            question, future = self._waiting[0]
+            size = len(question.clips)
+            if batch and clips + size > self._limits.batch_clips:
+                break
+            self._waiting.popleft()
+            self.size -= size
+            if not future.done():
+                batch.append((question, future))
+                clips += size
         return batch
 
     async def run(self, function: Callable[[], T], embedded: int = 0) -> T:

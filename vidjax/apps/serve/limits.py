@@ -14,7 +14,6 @@ import shlex
 import stat
 import threading
 import traceback
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from vidjax.utils.errors import Expected, InUseError, UserError, describe_system
 
 LOG = logging.getLogger("vidjax.apps.serve")
 ACCESS = logging.getLogger("vidjax.apps.serve.access")  # a line of JSON for each request
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the current request
 REQUEST_ID_FORM = re.compile(r"[\w.-]{1,64}", re.ASCII)
 CLIENT_GONE = 499  # the status, in counters and logs, of a request whose client has gone
 MIN_TOKEN_LETTERS = 16
@@ -52,7 +50,7 @@ MIN_TOKEN_LETTERS = 16
 ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
 CHANGED = "vidjax.changed"  # a key of the scope of a request that has changed the gallery
 PIECE_BYTES = 1 << 16  # largest part of an answer that is sent at once
-SEE_LOG = ": see the log"
+SEE_LOG, LOGGED = ": see the log", "%s (request %s)"
 # Type of an error -> status and text of the answer, and seconds until the client may try again.
 REFUSALS: dict[type[Exception], tuple[int, str, int | None]] = {
     NotEnrolledError: (404, "no such name is enrolled", None),
@@ -196,35 +194,27 @@ def _too_large(limit: int) -> Refused:
 
 
 class Guard:
-    """An ASGI application that checks requests before another application, `app`, answers them.
+    """An ASGI application that checks requests before a router answers them.
 
     It checks the sender of each request, limits the time and memory of answers, and counts the
     requests. Every error becomes an answer `{"error": "one line"}`.
     """
 
-    def __init__(
-        self,
-        app: Router,
-        bodies: Bodies,
-        limits: Limits,
-        metrics: ServerMetrics,
-        gallery: Gallery,
-        token: bytes | None,
-    ):
+    def __init__(self, router: Router, gallery: Gallery, limits: Limits, token: bytes | None):
         self.leaving = threading.Event()  # set when the server will end
-        self._paths = {route.endpoint: route.path for route in reversed(app.routes)}  # pyright: ignore
-        self._app, self._bodies, self._limits, self._metrics = app, bodies, limits, metrics
-        self._gallery, self._token = gallery, token
+        self.gallery, self.limits, self.metrics = gallery, limits, ServerMetrics()
+        self.bodies = Bodies(limits)
+        self._router, self._token = router, token
+        self._paths = {route.endpoint: route.path for route in reversed(router.routes)}  # pyright: ignore
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes ASGI events to the application. An HTTP request is checked first."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._router(scope, receive, send)
             return
         status, reason, headers = 0, "", Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID_FORM.fullmatch(given) else os.urandom(8).hex()
-        REQUEST_ID.set(request_id)
         more = {"x-request-id": request_id}
         if self.leaving.is_set():  # so that the client's next connection is to another server
             more["connection"] = "close"
@@ -233,8 +223,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 message["headers"] += [(x.encode(), y.encode()) for x, y in more.items()]
-                self._bodies.hold(scope, int(Headers(raw=message["headers"])["content-length"]))
-                set_clock(scope, self._limits.request_seconds)
+                self.bodies.hold(scope, int(Headers(raw=message["headers"])["content-length"]))
+                set_clock(scope, self.limits.request_seconds)
                 status = message["status"]
             rest = memoryview(message.get("body", b""))
             while len(rest) > PIECE_BYTES:  # `send` waits until the client has read earlier parts
@@ -243,22 +233,21 @@ class Guard:
                 message["body"] = bytes(rest[:PIECE_BYTES])
             await send(message)
 
-        scope["app"] = self._app  # makes the router raise an error for an unknown path or method
+        scope["app"] = self._router  # makes the router raise an error for an unknown path or method
         scope["vidjax.held"] = scope["vidjax.clips"] = 0
-        scope["vidjax.leaving"] = self.leaving.is_set()
         began = asyncio.get_running_loop().time()
-        limits, sends = self._limits, scope["method"] == "POST"
+        limits, sends = self.limits, scope["method"] == "POST"
         seconds = limits.request_seconds if sends else limits.answer_seconds
         try:
             self._check_sender(scope, headers)
             async with asyncio.timeout(seconds) as scope["vidjax.clock"]:
-                await self._app(scope, receive, answer)
+                await self._router(scope, receive, answer)
         except ClientDisconnect:
             status = status or CLIENT_GONE
         except Exception as error:
             # If a part of the answer is already sent, uvicorn closes the connection.
             if not status:
-                refused = to_refusal(error)
+                refused = to_refusal(error, request_id)
                 # The traceback and the error refer to each other. The body would stay in memory
                 # until Python searches for such cycles.
                 error.__traceback__ = None
@@ -267,28 +256,31 @@ class Guard:
                 response = Response(content, status, refused.headers | more, "application/json")
                 await response(scope, receive, send)
         finally:
-            self._bodies.hold(scope, 0)
-        self._record(scope, status, reason, asyncio.get_running_loop().time() - began)
+            self.bodies.hold(scope, 0)
+        seconds = asyncio.get_running_loop().time() - began
+        self._record(scope, request_id, status, reason, seconds)
 
-    def _record(self, scope: Scope, status: int, reason: str, seconds: float) -> None:
+    def _record(
+        self, scope: Scope, request_id: str, status: int, reason: str, seconds: float
+    ) -> None:
         """Counts a request, and writes it to the log. The log contains no name, token or body.
 
         `status` is the HTTP status of the answer, and `reason` its error, or "".
         """
         path = self._paths.get(scope.get("endpoint"), "other").replace(":path", "")
-        self._metrics.requests.labels(path, status).inc()
-        self._metrics.seconds.labels(path).observe(seconds)
+        self.metrics.requests.labels(path, status).inc()
+        self.metrics.seconds.labels(path).observe(seconds)
         if ACCESS.isEnabledFor(logging.INFO):
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "request_id": REQUEST_ID.get(),
+                "request_id": request_id,
                 "method": scope["method"],
                 "route": path,
                 "status": status,
                 "ms": round(1000 * seconds, 1),
                 "clips": scope["vidjax.clips"],
-                "gallery": self._gallery.version,
-                "model": self._gallery.origin.digest[:12],
+                "gallery": self.gallery.version,
+                "model": self.gallery.origin.digest[:12],
             }
             line |= {"reason": reason} if reason else {}
             ACCESS.info("%s", msgspec.json.encode(line).decode())
@@ -316,12 +308,12 @@ class Guard:
             raise Refused(403, text)
 
 
-def to_refusal(error: Exception) -> Refused:
+def to_refusal(error: Exception, request_id: str) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
     If the request has caused the exception, the client gets the message of the exception. The
     messages of other exceptions may contain paths or names of people, so the client gets a general
-    text instead.
+    text instead. The log then gets more about the error, and the id of the request.
     """
     if isinstance(error, Refused):
         return error
@@ -336,30 +328,18 @@ def to_refusal(error: Exception) -> Refused:
     for kind, (status, text, retry_after) in REFUSALS.items():
         if isinstance(error, kind):
             if text.endswith(SEE_LOG):
-                _log_error(one_line(str(error)))
+                LOG.error(LOGGED, one_line(str(error)), request_id)
             return Refused(status, text, retry_after)
     # Messages may contain names of people, so the log gets the place of the error instead.
     frames = [*traceback.walk_tb(error.__traceback__)][-1:-5:-1]
     places = (f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in frames)
     reason = f"{type(error).__name__} at {' < '.join(places)}"
     if isinstance(error, UserError):
-        refused = unprocessable(str(error))
+        refused = Refused(422, str(error))
         refused.reason = reason
         return refused
     if text := describe_system_error(error):
-        _log_error(one_line(text))
+        LOG.error(LOGGED, one_line(text), request_id)
         return Refused(507, f"the gallery cannot be written{SEE_LOG}", 10)
-    _log_error(f"internal error: {reason}")
+    LOG.error(LOGGED, f"internal error: {reason}", request_id)
     return Refused(500, f"internal error{SEE_LOG}")
-
-
-def _log_error(text: str) -> None:
-    LOG.error("%s (request %s)", text, REQUEST_ID.get())
-
-
-def unprocessable(text: str, place: str = "") -> Refused:
-    """Returns an error with the HTTP status 422, for a request with a wrong value.
-
-    `text` describes the error. `place` says which part of the request has the wrong value.
-    """
-    return Refused(422, text, place=place)
