@@ -23,9 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from vidjax.apps.gallery import answers as answers_lib, verification
+from vidjax.apps.gallery import answers as answers_lib, labelling, verification
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.serve.batcher import (
     DEFAULT_K,
     Batcher,
@@ -42,7 +41,7 @@ from vidjax.data.packed_clips import is_finite
 from vidjax.data.packing import Clip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.names import clean_identity, normal_form, show
+from vidjax.utils.names import normal_form, show
 from vidjax.utils.version import VERSION
 
 T = TypeVar("T")
@@ -169,7 +168,7 @@ class Application(Guard):
             Endpoint("GET", "/v2/health/ready", self.is_ready),
             Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
-            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, Enrolment),
+            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, labelling.Enrolment),
             Endpoint("GET", "/identities", self.identities, (422,), PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, REMOVAL_ERRORS),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, REMOVAL_ERRORS),
@@ -252,8 +251,7 @@ class Application(Guard):
             raise Refused(422, text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
-        for name in identities.values() if body.identity is None else [body.identity]:
-            clean_identity(name)  # a wrong name is refused before vectors are computed
+        labelling.check_identities(people_of_clips)  # before vectors are computed
         if stray := identities.keys() - clips.keys():
             place = f"clip '{show(min(stray))}' is missing: "
             raise Refused(422, "each key of 'identities' must be a key of 'clips'", place=place)
@@ -285,7 +283,8 @@ class Application(Guard):
         removed = {kind: request.path_params["name"]}
         count = await self._change(request, lambda: self.gallery.remove(**removed))
         request.scope["vidjax.clips"] = count
-        await self.batcher.settle()  # waits for answers that may contain the name
+        await self.batcher.run(lambda: None)  # waits for answers that may contain the name
+        await asyncio.sleep(0)  # the event loop delivers these answers
         return _encode_json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:

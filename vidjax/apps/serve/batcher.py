@@ -232,11 +232,6 @@ class Batcher:
         finally:
             self.size -= embedded
 
-    async def settle(self) -> None:
-        """Waits until the current batch has ended and its answers are delivered."""
-        await self.run(lambda: None)
-        await asyncio.sleep(0)  # the event loop delivers the answers
-
 
 class Changes:
     """Makes changes to a gallery one after the other, in a thread."""

@@ -13,7 +13,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,6 +288,24 @@ class Graph:
         pads = np.array([0] * 5 + [channels, side, side], np.int64)
         return self.add("Pad", at, self.add_constant(pads))
 
+    def to_model(self, name: str, **shapes: list[str | int]) -> "ModelProto":
+        """Makes an ONNX model of the graph.
+
+        `shapes` are name -> shape of the input of the model, and then of its output. A dimension in
+        a shape may have any length if it is a string, such as "B".
+        """
+        from onnx import TensorProto, helper, numpy_helper
+
+        kind = TensorProto.FLOAT
+        start, end = (helper.make_tensor_value_info(x, kind, shape) for x, shape in shapes.items())
+        weights = self.weights.items()
+        constants = [numpy_helper.from_array(np.ascontiguousarray(x), key) for key, x in weights]
+        net = helper.make_graph(self.nodes, name, [start], [end], constants)
+        opsets = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)
+        model.producer_name = "vidjax"
+        return model
+
 
 def convert_dlib(content: bytes) -> "ModelProto":
     """Converts dlib's net, which maps faces [B, 3, 150, 150] to vectors [B, 128].
@@ -340,13 +358,11 @@ def convert_dlib(content: bytes) -> "ModelProto":
             at = graph.pad(at, channels - before, side - sides[1])
         at, before = graph.add("Relu", graph.add("Add", inner, at)), channels
     mean = graph.add("Flatten", graph.add("GlobalAveragePool", at))
-    matrix = read_tensor("fc_2", before, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, before))[
-        ..., 0, 0
-    ]
-    graph.add("MatMul", mean, graph.add_constant(matrix))
+    matrix = read_tensor("fc_2", before, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, before))
+    graph.add("MatMul", mean, graph.add_constant(matrix[..., 0, 0]))
     graph.nodes[-1].output[0] = "vector"
-    face, vector = ("face", ["B", 3, FACE_SIDE, FACE_SIDE]), ("vector", ["B", VECTOR_WIDTH])
-    return to_model("dlib_face", graph.nodes, face, vector, graph.weights)
+    face = ["B", 3, FACE_SIDE, FACE_SIDE]
+    return graph.to_model("dlib_face", face=face, vector=["B", VECTOR_WIDTH])
 
 
 # The sizes of Resemblyzer's net, and the byte at which each of its arrays begins in the file.
@@ -372,8 +388,9 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
         first, forget, cell, output = np.split(gates, 4)  # ONNX has another order
         return np.concatenate([first, output, forget, cell])
 
-    weights: dict[str, np.ndarray] = {}
-    nodes = [helper.make_node("Transpose", ["mels"], ["x_0"], perm=[1, 0, 2])]
+    graph = Graph()
+    nodes, weights = graph.nodes, graph.weights
+    nodes.append(helper.make_node("Transpose", ["mels"], ["x_0"], perm=[1, 0, 2]))
     at, biases_at = LSTM_AT, LSTM_AT + 4 * 4 * UNITS * (BANDS + (2 * LAYERS - 1) * UNITS)
     for layer in range(LAYERS):
         names = [f"{name}_{layer}" for name in ("x", "w", "r", "b")]
@@ -399,31 +416,7 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
         helper.make_node("Relu", ["raw"], ["positive"]),
         helper.make_node("LpNormalization", ["positive"], ["vector"], axis=1, p=2),
     ]
-    mels, vector = ("mels", ["B", "T", BANDS]), ("vector", ["B", UNITS])
-    return to_model("resemblyzer", nodes, mels, vector, weights)
-
-
-def to_model(
-    name: str,
-    nodes: "Sequence[NodeProto]",
-    start: tuple[str, Sequence[str | int]],
-    end: tuple[str, Sequence[str | int]],
-    weights: Mapping[str, np.ndarray],
-) -> "ModelProto":
-    """Makes an ONNX model of `nodes` and the constants `weights`, name -> array.
-
-    `start` is the input of the model, and `end` its output, both as (name, shape). A dimension in a
-    shape may have any length if it is a string, such as "B".
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
-    constants = [numpy_helper.from_array(np.ascontiguousarray(x), k) for k, x in weights.items()]
-    net = helper.make_graph(nodes, name, [first], [last], constants)
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)
-    model.producer_name = "vidjax"
-    return model
+    return graph.to_model("resemblyzer", mels=["B", "T", BANDS], vector=["B", UNITS])
 
 
 # The function that converts the file in a package to a net, by the kind of the package.
