@@ -33,7 +33,7 @@ from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import JOURNAL_FILE, VectorOrigin
 from vidjax.apps.serve import app as app_lib, batcher as batcher_lib, limits as limits_lib
-from vidjax.apps.serve.batcher import Batcher, Changes, GalleryModel, Question
+from vidjax.apps.serve.batcher import Batcher, Changes, Question
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import LIMITS, Limits
 from vidjax.cli import program
@@ -204,7 +204,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
 def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     too_narrow = question({"b": {"face": np.ones((1, 3), np.float32)}})
     batch: Any = [*(question({clip: frames}) for clip, frames in CLIPS.items()), too_narrow]
-    *answers, error = GalleryModel(people).answer(batch)
+    *answers, error = batcher_lib.answer(people, batch)
     assert isinstance(error, errors.UserError) and "clip b" in str(error)
     for answer, (clip, wanted) in zip(answers, people.identify(CLIPS).items(), strict=True):
         assert_close(as_json(clip, answer[0]), wanted)
@@ -214,11 +214,12 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 def test_questions_after_warm_up_do_not_compile(nearest_run, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(batcher_lib, "PAD_LENGTHS", (1, 8))  # compiles less
     gallery = Gallery.create(tmp_path / "g", nearest_run, data)
-    model = GalleryModel(gallery)
-    model.warm()
+    batcher_lib.warm(gallery)
     with jax.log_compiles():
         for lengths in ([1], [7, 1], [8] * 6):
-            model.answer_batch([question(made_galleries.random_clips(gallery.run, *lengths))])
+            batcher_lib.answer_batch(
+                gallery, [question(made_galleries.random_clips(gallery.run, *lengths))]
+            )
     assert not [line for line in caplog.messages if "ompiling" in line]  # C or c
 
 
@@ -626,7 +627,7 @@ def test_full_queue_refuses_with_retry_after_and_clients_that_go_delay_nobody():
 
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     compiled = threading.Event()
-    monkeypatch.setattr(GalleryModel, "warm", lambda self: compiled.wait(30))
+    monkeypatch.setattr(batcher_lib, "warm", lambda gallery: compiled.wait(30))
     monkeypatch.setattr(Inside, "wait", lambda server: None)  # does not wait until it is ready
     with Inside(people) as server:
         assert server.ask("GET", web.LIVE)[0] == 200

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -25,15 +26,8 @@ from starlette.routing import Route, Router
 
 from vidjax.apps.gallery import answers as answers_lib, labelling, verification
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve.batcher import (
-    DEFAULT_K,
-    Batcher,
-    Changes,
-    Frames,
-    GalleryModel,
-    Question,
-    count_bytes,
-)
+from vidjax.apps.serve import batcher
+from vidjax.apps.serve.batcher import DEFAULT_K, Batcher, Changes, Frames, Question
 from vidjax.apps.serve.limits import CHANGED, LOG, Guard, Refused, one_line, set_clock
 from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
@@ -144,8 +138,8 @@ class Application(Guard):
         routes = [Route(x.path, x.answer, methods=[x.method]) for x in self.list_endpoints()]
         router = Router(routes, redirect_slashes=False, lifespan=self.run_lifespan)
         super().__init__(router, gallery, limits, token)
-        self.model = GalleryModel(gallery)
-        self.batcher = Batcher(self.model.answer, limits, self.metrics)
+        self._check_gallery()  # loads the run of the gallery, so that errors appear at the start
+        self.batcher = Batcher(partial(batcher.answer, gallery), limits, self.metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
@@ -190,7 +184,7 @@ class Application(Guard):
 
     async def _warm(self) -> None:
         try:
-            await self.batcher.run(self.model.warm)
+            await self.batcher.run(lambda: batcher.warm(self.gallery))
         except Exception as error:  # then `live` fails, so Kubernetes can restart the server
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
@@ -212,10 +206,20 @@ class Application(Guard):
         if self.leaving.is_set():
             raise Refused(503, "the server is shutting down: ask another server")
         try:
-            await asyncio.to_thread(self.model.check)
+            await asyncio.to_thread(self._check_gallery)
         except (UserError, OSError):  # is not logged, because any client may send this request
             raise Refused(503, "the gallery cannot be read", 1) from None
         return _encode_json({"ready": True})
+
+    def _check_gallery(self) -> None:
+        """Raises an error if the gallery or the model that makes its embeddings cannot be read."""
+        self.gallery.refresh()
+        _ = self.widths
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The modalities that the gallery reads: modality -> width of the features of a frame."""
+        return self.gallery.source.reads[0]
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -311,7 +315,7 @@ class Application(Guard):
 
     async def describe(self, _: Request) -> Response:
         """Returns the OpenAPI description of the server."""
-        return _encode_json(describe(self.list_endpoints(), self.model.widths, self.limits))
+        return _encode_json(describe(self.list_endpoints(), self.widths, self.limits))
 
     # ---- reading
 
@@ -357,11 +361,11 @@ class Application(Guard):
                 count = "too many" if clips else "no"
                 raise Refused(422, f"the request has {count} clips: send 1 to {most}")
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
-            return _check_clips(clips, self.model.widths, self.limits), fields
+            return _check_clips(clips, self.widths, self.limits), fields
 
         is_large = npz or len(body) > LARGE_BYTES
         clips, fields = await loop.run_in_executor(self.reader, read) if is_large else read()
-        self.bodies.hold(request.scope, 2 * count_bytes(clips))
+        self.bodies.hold(request.scope, 2 * batcher.count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
         self._check_ready()
         return clips, fields

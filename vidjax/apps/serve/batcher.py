@@ -65,59 +65,45 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
     }
 
 
-class GalleryModel:
-    """Answers requests to identify clips. The gallery contains the known people."""
+def answer(gallery: Gallery, questions: Sequence[Question]) -> list[Any]:
+    """Answers a batch of questions; returns an answer or an exception for each question.
 
-    def __init__(self, gallery: Gallery):
-        self.gallery = gallery
-        self.check()  # loads the run of the gallery, so that errors appear at the start
+    If the batch fails, each question is answered separately. So only wrong questions get an error.
+    """
+    try:
+        return [*answer_batch(gallery, questions)]
+    except Exception as error:
+        if len(questions) == 1:
+            return [error]
+        return [result for question in questions for result in answer(gallery, [question])]
 
-    def check(self) -> None:
-        """Raises an error if the gallery or the model that makes its embeddings cannot be read."""
-        self.gallery.refresh()
-        _ = self.widths
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """The modalities that the gallery reads: modality -> width of the features of a frame."""
-        return self.gallery.source.reads[0]
+def answer_batch(gallery: Gallery, questions: Sequence[Question]) -> list[list[Answer]]:
+    """Identifies the clips of all questions at once; returns the answers of each question."""
+    embedded = gallery.embed(_join_clips(questions))
+    left = iter(embedded.names)
+    names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]
+    pairs = ((x[1:], names) for x, names in zip(questions, names_of, strict=True))
+    answers: dict[str, Answer] = {}
+    for (k, fpir, threshold), names in group_by_key(pairs).items():
+        subset = embedded.only({*itertools.chain.from_iterable(names)})
+        answers |= gallery.identify(subset, k, fpir=fpir, threshold=threshold)
+    return [[answers[name] for name in names] for names in names_of]
 
-    def answer(self, questions: Sequence[Question]) -> list[Any]:
-        """Answers a batch of questions; returns an answer or an exception for each question.
 
-        If the batch fails, each question is answered separately. So only wrong questions get an
-        error.
-        """
-        try:
-            return [*self.answer_batch(questions)]
-        except Exception as error:
-            if len(questions) == 1:
-                return [error]
-            return [result for question in questions for result in self.answer([question])]
+def warm(gallery: Gallery) -> None:
+    """Answers test questions, so that JAX compiles all programs before the first request."""
 
-    def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Identifies the clips of all questions at once; returns the answers of each question."""
-        embedded = self.gallery.embed(_join_clips(questions))
-        left = iter(embedded.names)
-        names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]
-        pairs = ((x[1:], names) for x, names in zip(questions, names_of, strict=True))
-        answers: dict[str, Answer] = {}
-        for (k, fpir, threshold), names in group_by_key(pairs).items():
-            subset = embedded.only({*itertools.chain.from_iterable(names)})
-            answers |= self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
-        return [[answers[name] for name in names] for names in names_of]
+    def make_question(length: int) -> Question:
+        widths, _ = gallery.source.reads
+        frames = {x: {"features": np.ones((length, n), np.float32)} for x, n in widths.items()}
+        return Question({"0": frames})
 
-    def warm(self) -> None:
-        """Answers test questions, so that JAX compiles all programs before the first request."""
-        if not self.gallery.origin.cards:
-            for length in PAD_LENGTHS:
-                self.gallery.embed(self._make_test_question(length).clips)
-        if self.gallery.index.names:
-            self.answer_batch([self._make_test_question(1)])
-
-    def _make_test_question(self, length: int) -> Question:
-        frames = {name: np.ones((length, width), np.float32) for name, width in self.widths.items()}
-        return Question({"0": {name: {"features": features} for name, features in frames.items()}})
+    if not gallery.origin.cards:
+        for length in PAD_LENGTHS:
+            gallery.embed(make_question(length).clips)
+    if gallery.index.names:
+        answer_batch(gallery, [make_question(1)])
 
 
 def _make_thread(name: str) -> ThreadPoolExecutor:

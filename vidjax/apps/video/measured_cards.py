@@ -71,10 +71,9 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
         found = photos.read_folder(people, out, models, workers, tell)
-        part = [*gallery.backend.widths].index("face")
         clips = {x.track.clip for x in found.faces}
         vectors = clip_inputs.embed_clips(gallery.backend, out / PEOPLE, clips)
-        vector_of = dict(zip(vectors.names, [*vectors.parts.values()][part], strict=True))
+        vector_of = dict(zip(vectors.names, vectors.parts["face"], strict=True))
         usable = (x for x in found.faces if vector_of[x.track.clip].any())
         for x in sorted(usable, key=lambda x: (x.person, x.path)):
             vector, person = vector_of[x.track.clip], x.person
