@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
-from vidjax.utils.json_files import Count, Sha256, Size, Text
+from vidjax.utils.json_files import Count, Sha256, Text
 from vidjax.utils.messages import suggest_path
 
 CARD_BYTES = files.MB
@@ -139,7 +139,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     # The points (x, y), in pixels of the input, to which the five points of a face are moved.
     template: tuple[Point, Point, Point, Point, Point] | None = None
     around: None = None  # without this key, galleries would not know their cards any more
-    width: Size | None = None  # the number of values of an embedding
+    # The number of values of an embedding.
+    width: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
     licence: Licence

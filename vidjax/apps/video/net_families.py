@@ -78,6 +78,14 @@ class ForeignNet(NamedTuple):
         )
 
 
+class Found(msgspec.Struct):
+    """What a child process has found out about a net: nothing, if vidjax does not use the net."""
+
+    family: str = ""
+    card: Written | None = None  # the parent corrects the fields that it can compute
+    weights: str = ""  # the name of a second file, with weights, which the child must read first
+
+
 def _join(shapes: Mapping[str, list[int | None]]) -> str:
     texts = [f"{show(name)} {shape}" for name, shape in shapes.items()]
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
@@ -130,26 +138,31 @@ def convert(
 def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
     """Converts the net `given["name"]` in a child process; returns [(card, converted net)].
 
-    Returns [] for a net of InsightFace that vidjax does not use, such as genderage.onnx. `path` is
-    the file of the net, or a zip. `given` also contains `kind`, `like`, `side` and `colour`, as in
-    `convert`.
+    Returns [] for a net of InsightFace that vidjax does not use, such as genderage.onnx. `path`
+    is the file of the net, or a zip. `given` also contains `kind`, `like`, `side` and `colour`, as
+    in `convert`.
     """
+    kind, name = given["kind"], given["name"]
     with files.scratch_folder() as scratch:
         given |= {"path": str(path), "out": str(scratch / "net.onnx"), "weights": ""}
         limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS, "writes": [scratch]}
-        answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
-        for name in [x for x in answer if isinstance(x, str)][:1]:
+        found = processes.run_limited(__name__, path, given, Found, **limits)
+        if found.weights:
             with processes.doubt(path):
-                given["weights"] = str(weights := path.with_name(Path(name).name))
+                given["weights"] = str(weights := path.with_name(Path(found.weights).name))
             limits["reads"] = [weights]
-            answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
+            found = processes.run_limited(__name__, path, given, Found, **limits)
+        if not found.card:
+            return []
+        # A malicious net may have taken over the child process. So the card has from the child only
+        # what the net has answered. Its role, sha256, licence and so on are set here.
         with processes.doubt(path):
-            found = list[tuple[Written, bytes]]()
-            for card in (x for x in answer if isinstance(x, Written)):
-                content = net_packages.unpack(path, given["name"], LIMIT)
-                found.append((card, files.read_bytes(Path(given["out"]), LIMIT)))
-                _check_card(card, given["kind"], given["name"], content, found[-1][1])
-    return found
+            content = net_packages.unpack(path, name, LIMIT)
+            converted = files.read_bytes(Path(given["out"]), LIMIT)
+            width = found.card.width
+            right = _describe(kind, found.family, name, content, converted, width)
+            card = msgspec.convert(msgspec.to_builtins(found.card) | right, Written)
+            return [(card, converted)]
 
 
 def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -169,30 +182,11 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
-    """Raises ValueError if `card`, the description of a net from a child process, is wrong.
-
-    A malicious net may have taken over the child process. `kind` is as in `convert`. `name` is
-    the file name of the net, and `content` its bytes. `converted` are the bytes of the new net.
-    """
-    for family in KINDS[kind]["families"]:
-        if FAMILIES[family]["role"] == card.role:
-            right = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
-            if card.back_end:
-                centre = {"centre": card.back_end.centre}
-                right["back_end"] = centre | FAMILIES[family]["back_end"]
-            if msgspec.convert(right, Written) == card:
-                return
-    raise ValueError(f"the child process returned a wrong description of the net '{show(name)}'")
-
-
-def work(arguments: dict[str, Any]) -> list[Written | str]:
+def work(arguments: dict[str, Any]) -> Found:
     """Converts a net, and writes it into the file `arguments["out"]`. Runs in a child process.
 
-    Returns one of these lists:
-      [card]: the net is converted, and the card describes it.
-      []: nothing is converted, because vidjax does not use this net of InsightFace.
-      [file name]: nothing is converted. Set `arguments["weights"]` to the path of this file.
+    If the result has no card, nothing is converted. If it has the name of a file with weights, set
+    `arguments["weights"]` to the path of this file.
 
     Other `arguments`: `path` is the file of the net, or a zip. `name` is the file name of the net.
     `weights` is the path of a second file with the weights, or "". The rest is as in `convert`.
@@ -204,7 +198,7 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     family = known.get("family") or like or guess_family(net, families)
     if family not in families:
         if kind == "insightface":
-            return []
+            return Found()
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"unsupported: '{show(name)}' has {net.describe()}\nsupported: {shapes}")
     if like not in (None, family):
@@ -214,7 +208,7 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
         )
     if second := find_weights(net, Path(arguments["path"]).parent):
         if not arguments["weights"]:
-            return [second]
+            return Found(weights=second)
         net = _join_weights(net, net_packages.unpack(Path(arguments["weights"]), second, LIMIT))
     refuse_unsafe(net)
     fields = _describe(kind, family, name, content, content)
@@ -222,29 +216,31 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
     try:
         card, converted = _measure(fields, family, net)
-        fields = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
-        files.write_bytes(Path(arguments["out"]), converted)
-        return [msgspec.convert(fields, Written)]
     except msgspec.ValidationError as error:  # for example, a side is too large for a card
         raise net.refuse(family, f" ({error})") from None
+    files.write_bytes(Path(arguments["out"]), converted)
+    return Found(family, card)
 
 
 def _describe(
-    kind: str, family: str, name: str, content: bytes, converted: bytes
+    kind: str, family: str, name: str, content: bytes, converted: bytes, width: int | None = None
 ) -> dict[str, Any]:
     """Returns fields of the card (a JSON file) of a net, such as its role, licence and sha256.
 
     `kind` is "opencv", "insightface" or "own", and `family` a key of FAMILIES. `name` is the file
     name of the net, and `content` its bytes. `converted` are the bytes of the converted net.
+    `width` is the number of values of an embedding, or None for other nets.
     """
-    sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
+    forms = {x: FAMILIES[x] for x in KINDS[kind]["families"]}  # a child process knows no others
+    sha256, form = hashlib.sha256(content).hexdigest(), forms[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
     known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
     change = "none" if converted == content else "one file with one output [N, D]"
     return {
         "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
-        "norm_is_quality": False,
+        "norm_is_quality": False, "width": width,
+        "back_end": {"centre": [0.0] * width, **form["back_end"]} if width else None,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
@@ -416,7 +412,7 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
-    draft = msgspec.convert({**fields, **width}, Written)
+    draft = msgspec.convert(fields | width, Written)
     card = Card(**msgspec.structs.asdict(draft), path=Path(fields["file"]), digest="")
     try:
         opened = nets.Net(card, net.content)
@@ -426,9 +422,7 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
         else:
             if vector := _find_vector(family, opened, net):
                 return _measure(fields, family, _keep_vector(net, vector))
-            width = _find_width(family, opened, net)
-            back_end = {"centre": [0.0] * width, **FAMILIES[family]["back_end"]}
-            fields |= {"width": width, "back_end": back_end}
+            fields["width"] = _find_width(family, opened, net)
         output, other = (opened.answer_formula(seed) for seed in (SEED, OTHER_SEED))
     except UserError as error:
         if card.role == "face_detector" and not card.input.size:
