@@ -146,13 +146,13 @@ def read_media(folder, ending):
     }
     with pytest.MonkeyPatch.context() as patch:
         play(patch, TakenOver())
-        pipeline.extract_folders({out: [friend]}, **given)
+        pipeline.extract_files([friend], out, **given)
     known, (friend,) = contents(out), media.describe_media_files(out)
 
     def act():
         for stem in media.describe_media_files(out).keys() - {friend}:
             media.remove_media_file(out, stem)
-        outcome = pipeline.extract_folders({out: [path]}, **given)[out][0]
+        outcome = pipeline.extract_files([path], out, **given)[0]
         if outcome.error:
             raise UserError(outcome.error)
         ((stem, film),) = (

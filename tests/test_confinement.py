@@ -49,8 +49,8 @@ def read(kind, folder):
         case "still":
             still.read_still(path, 0.0)
         case _:
-            outcomes = pipeline.extract_folders({folder / "out": [path]}, models, tagged=True)
-            raise UserError(outcomes[folder / "out"][0].error)
+            (outcome,) = pipeline.extract_files([path], folder / "out", models, tagged=True)
+            raise UserError(outcome.error)
 
 
 USER = {"nobody": not os.getuid()}  # if this user is root, the child becomes nobody

@@ -193,10 +193,10 @@ class Features:
         """Returns the outcomes. By default, all films are extracted."""
         self.notes = []
         with mock.patch.object(film, "extract", wraps=film.extract) as read:
-            (found,) = pipeline.extract_folders(
-                {self.out: paths or [self.films]}, self.models,
+            found = pipeline.extract_files(
+                paths or [self.films], self.out, self.models,
                 tell=lambda note: self.notes.append(note.text), **options,
-            ).values()  # fmt: skip
+            )  # fmt: skip
         self.read = read.call_count
         return found
 
@@ -279,7 +279,7 @@ def test_copy_is_left_out_and_takes_the_place_of_its_original(folder):
     assert [x.path for x in media.stamps] == [path, copy, folder.films / "c.mp4"]
     path.unlink()
     copy.touch()
-    for options in ({}, {"drop": "deleted"}):
+    for options in ({}, {"prune": True}):
         outcomes = folder.extract(**options)
         assert folder.read == 0 and all(x.kept for x in outcomes) and not folder.notes
         ((stem, media),) = folder.stored().items()
@@ -287,7 +287,7 @@ def test_copy_is_left_out_and_takes_the_place_of_its_original(folder):
         assert {x.path for x in media.stamps} == {x.path for x in outcomes}
     (folder.films / "b.mkv").unlink()
     other = folder.write("d.mp4", BOB)
-    folder.extract(other, drop="deleted")  # the film is not named in this call
+    folder.extract(other, prune=True)  # the film is not named in this call
     assert folder.stored()["a"].source.path == folder.films / "c.mp4"
 
 
@@ -310,8 +310,8 @@ def test_drive_that_is_not_connected_stays_a_place_of_its_film(folder):
     shutil.copy(path, folder.films / "b.mp4")
     folder.extract()
     away = drive.rename(folder.films.parent / "away")
-    for drop in ("nothing", "deleted"):
-        (outcome,) = folder.extract(drop=drop)
+    for prune in (False, True):
+        (outcome,) = folder.extract(prune=prune)
         assert outcome.kept and outcome.media.source.path == folder.films / "b.mp4"
     away.rename(drive)
     with mock.patch.object(film, "work", side_effect=AssertionError):
@@ -355,14 +355,14 @@ def test_prune_deletes_the_features_of_films_that_were_replaced(folder):
     folder.extract()
     path = folder.write("a.mp4", BOB)
     folder.extract()
-    (outcome,) = folder.extract(drop="deleted")
+    (outcome,) = folder.extract(prune=True)
     assert folder.notes == [
         f"{path} was replaced by another film or photo: its results are deleted"
     ]
     assert [*folder.stored()] == [f"a~{outcome.media.sha256[:8]}"]
     # A film that cannot be read replaces nothing.
     path.write_bytes(b"damaged")
-    (outcome,) = folder.extract(drop="deleted")
+    (outcome,) = folder.extract(prune=True)
     assert outcome.error and len(folder.stored()) == 1
 
 

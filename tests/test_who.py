@@ -357,7 +357,7 @@ def test_people_with_only_voices_have_no_doubtful_photos(drawn):
 
 def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
     two, gallery, labels = (drawn.folder / name for name in ("two", "g", "labels.tsv"))
-    pipeline.extract_folders({two: [drawn.group()]}, drawn.models)
+    pipeline.extract_files([drawn.group()], two, drawn.models)
     Gallery.of_models(gallery, drawn.models)
 
     def enrol(*words, code=0, path=two):
@@ -514,7 +514,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
-    extract = partial(pipeline.extract_folders, {drawn.out: [drawn.group()]}, drawn.models)
+    extract = partial(pipeline.extract_files, [drawn.group()], drawn.out, drawn.models)
     extract()
     faster = media.ExtractionSettings(fps=2.0, size=448)
     refused(lambda: extract(faster), "other settings (fps: 5.0, not 2.0; size: 640, not 448)")

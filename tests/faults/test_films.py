@@ -130,7 +130,7 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     assert all("/" not in clip and clip.isprintable() for clip in clips)
     # If the order of the files changes, clips keep their names, and nothing is extracted again.
     paths = [film, *reversed(sorted(place.iterdir()))]
-    again = pipeline.extract_folders({features: paths}, drawn.models)[features]
+    again = pipeline.extract_files(paths, features, drawn.models)
     assert len(found) == len(odd_names) + 1 and all(outcome.kept for outcome in again)
 
 

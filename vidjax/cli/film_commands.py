@@ -72,11 +72,11 @@ def run_extract(args: argparse.Namespace) -> Result:
     began, out = time.monotonic(), args.out
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
     settings = media.choose_settings(out, **given)
-    outcomes = pipeline.extract_folders(
-        {out: args.files}, args.models, settings, workers=args.workers,
+    outcomes = pipeline.extract_files(
+        args.files, out, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
-        drop=pipeline.choose_drop(args.prune, args.forget_missing),
-    )[out]  # fmt: skip
+        prune=args.prune, forget_missing=args.forget_missing,
+    )  # fmt: skip
     films = [outcome.media for outcome in outcomes if outcome.media and not outcome.copy]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]

@@ -55,7 +55,6 @@ class Task(Struct, kw_only=True):
     path: str = ""
     out: str = ""  # an existing folder
     stem: str = ""  # see `choose_stem`
-    taken: bool = False  # whether another film has the stem
     stems: dict[str, str] = {}  # digest of a film of an earlier call -> its stem
     current: list[Content] = []  # contents of films and photos that need not be read again
     source: FileStamp | None = None  # the properties of the file, for the description
@@ -266,11 +265,14 @@ class ClipBuilder:
 def choose_stem(task: Task, sha256: str) -> str:
     """Returns the first part of the names of the clips of a file. `sha256` is its digest.
 
-    A known file keeps its stem. Without `task.stem`, the stem is made of the digest.
+    A known file keeps its stem. If another film has the stem of a new file, `task.stem` ends with
+    `~`, and digits of the digest are added. If it is "", the stem is made of the digest.
     """
     if known := task.stems.get(sha256):
         return known
-    return f"{task.stem}~{sha256[:8]}" if task.taken else task.stem or media.make_photo_stem(sha256)
+    if not task.stem:
+        return media.make_photo_stem(sha256)
+    return task.stem + sha256[:8] if task.stem.endswith("~") else task.stem
 
 
 def identify(task: Task) -> tuple[Content, regions.Tags]:

@@ -38,14 +38,6 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def has_files(folder: Path) -> bool:
-    """Returns whether a folder exists and contains files or folders that are not hidden."""
-    try:
-        return bool(list_entries(folder))
-    except (UserError, OSError):
-        return False
-
-
 def list_files(paths: Sequence[Path]) -> list[Path]:
     """Returns all files in `paths`, and all films and photos in folders in `paths`.
 

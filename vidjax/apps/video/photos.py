@@ -23,7 +23,7 @@ from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import clip_inputs, digests, doubts, log, media, media_files
 from vidjax.apps.video.log import STRANGERS, Line
 from vidjax.apps.video.media import PEOPLE, FaceTrack, MediaFile
-from vidjax.apps.video.pipeline import FileOutcome, extract_folders
+from vidjax.apps.video.pipeline import FileOutcome, extract_files
 from vidjax.apps.video.said import Said, is_photo
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages
@@ -187,12 +187,12 @@ def extract(
 ) -> dict[str, list[FileOutcome]]:
     """Extracts features of photos into `OUT/people`; returns name of a folder -> outcomes.
 
-    `options` are arguments of `extract_folders`.
+    `options` are arguments of `extract_files`.
     """
     if not photos:
         return {}
-    place, paths = out / PEOPLE, [*itertools.chain(*photos.values())]
-    outcomes = extract_folders({place: paths}, tagged=True, tell=tell, **options)[place]
+    paths = [*itertools.chain(*photos.values())]
+    outcomes = extract_files(paths, out / PEOPLE, tagged=True, tell=tell, **options)
     outcome_of = {os.path.realpath(x.path): x for x in outcomes}
     return {
         name: [outcome_of[os.path.realpath(path)]._replace(path=path) for path in of]

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -34,7 +34,6 @@ from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.utils import files, messages
 from vidjax.utils.errors import NetError, UserError, describe_system_error
-from vidjax.utils.groups import group_by_key
 from vidjax.utils.messages import Note, Tell, ignore_note
 from vidjax.utils.processes import Children, doubt, map_children, run_limited, run_limited_each
 from vidjax.utils.terminal import Progress, say
@@ -45,7 +44,6 @@ PROGRESS_SECONDS, PROGRESS_BYTES = 1.0, 20  # between two updates of the progres
 BATCH_PHOTOS = 50  # the largest number of photos that a process reads
 # The CPU time for a photo, and for a film: 600 seconds, and one more for each 20,000 bytes.
 PHOTO_SECONDS, FILM_SECONDS, FILM_BYTES_PER_SECOND = 60, 600, 20_000
-Drop = Literal["nothing", "deleted", "missing"]  # see `extract_folders`
 FORGET_REMEDY = "to delete the results of such files, too, add --forget-missing"
 # After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,13 +76,10 @@ class _Job(NamedTuple):
     path: Path
     address: str  # of the path, see `FileStamp`
     folder: MediaFolder  # the folder of features
-    settings: ExtractionSettings
     models: Path  # the folder of nets
-    check: bool  # see `extract_folders`
+    check: bool  # see `extract_files`
     tell: Tell
-    # The stem of the file if it shows a new film, and whether another film has this stem.
-    stem: str
-    taken: bool
+    stem: str  # of the file if it shows a new film, see `film.choose_stem`
 
     @property
     def out(self) -> Path:
@@ -97,23 +92,25 @@ class _Job(NamedTuple):
         return self.path.suffix.lower() in PHOTOS
 
 
-def extract_folders(
-    paths: Mapping[Path, Sequence[Path]],
+def extract_files(
+    paths: Sequence[Path],
+    out: Path,
     models: Path,
     settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
-    drop: Drop = "nothing",
+    prune: bool = False,
+    forget_missing: bool = False,
     thumbnails: bool = False,
     check: bool = False,
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
     tell: Tell = ignore_note,
-) -> dict[Path, list[FileOutcome]]:
-    """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
+) -> list[FileOutcome]:
+    """Extracts faces and voices from videos and photos; returns the outcomes.
 
     If a call is interrupted, the next call continues. If a file cannot be read, its outcome is an
-    error, and the other files are still read. All folders are locked until the call ends.
+    error, and the other files are still read. The folder `out` is locked until the call ends.
 
     Files that show the same are one film or photo. It has the stem and the name of the first file,
     and the others are copies. A copy becomes the first file when the first file is missing. Only
@@ -122,62 +119,54 @@ def extract_folders(
     keeps its features, and the new film gets another stem.
 
     Args:
-      paths: folder of features -> videos, photos, or folders of videos and photos. If a folder of
-        features does not exist, it is created, readable only by its owner.
+      paths: videos, photos, or folders of videos and photos.
+      out: the folder of features. If it does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
-      settings: the settings of the folders. If None, each folder keeps its settings, and a new
-        folder gets the default settings.
+      settings: the settings of the folder. If None, the folder keeps its settings, and a new folder
+        gets the default settings.
       workers: the number of processes.
-      drop: the files whose features are removed. A drive that is not connected looks like a missing
-        or empty folder.
-        "nothing": no files.
-        "deleted": missing files in folders that contain other files, and files that were replaced
-        by other films or photos.
-        "missing": all missing files.
+      prune: True removes the features of missing files in folders that contain other files, and of
+        files that were replaced by other films or photos. A drive that is not connected looks like
+        a missing or empty folder.
+      forget_missing: True removes the features of all missing files if `prune` is True, too.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       check: how changes of files are detected. True compares what each file shows. False compares
         only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`. The names
         of clips then begin with digests, so that they contain no names of files or people.
       done: is called with each outcome, in any order.
-      tell: is called with each message about a folder.
+      tell: is called with each message about the files.
 
     Raises:
-      UserError: a net is missing, a folder contains a link, or a folder contains features of other
-        nets or settings.
+      UserError: a net is missing, the folder contains a link, or the folder contains features of
+        other nets or settings.
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    cards = {role: card.digest for role, card in known.items()}
-    with contextlib.ExitStack() as locked:
-        jobs: list[_Job] = []
-        for out, inputs in paths.items():
-            listed = media_files.list_files(inputs)
-            for note in media_files.describe_left_out(inputs):
-                tell(note)
-            media_files.check_apart(listed, out)
-            made = files.make_folder(out, "out", mode=0o700)
-            locked.enter_context(files.lock(made, "features"))
-            files.refuse_links(out)
-            used = _check_extraction(out, cards, settings)
-            folder = _prepare_folder(out, tagged, thumbnails, tell)
-            for path in listed:
-                address = media.make_address(path)
-                stem, taken = folder.choose_stem(path, address)
-                jobs.append(_Job(path, address, folder, used, models, check, tell, stem, taken))
-
+    listed = media_files.list_files(paths)
+    for note in media_files.describe_left_out(paths):
+        tell(note)
+    media_files.check_apart(listed, out)
+    with files.lock(files.make_folder(out, "out", mode=0o700), "features"):
+        files.refuse_links(out)
+        cards = {role: card.digest for role, card in known.items()}
+        used = _check_extraction(out, cards, settings)
+        folder = _prepare_folder(out, used, tagged, thumbnails, tell)
+        addresses = [media.make_address(path) for path in listed]
+        jobs = [
+            _Job(path, address, folder, models, check, tell, folder.choose_stem(path, address))
+            for path, address in zip(listed, addresses, strict=True)
+        ]
         outcome_of = _process_jobs(jobs, workers, done)
-        outcomes_of = dict[Path, list[FileOutcome]]()
-        for folder, found in group_by_key((job.folder, job) for job in jobs).items():
-            lost = _drop_films(folder, {job.address for job in found}, drop, tell)
-            for outcome in lost:
-                done(outcome)
-            outcomes_of[folder.out] = [*(_renew(folder, outcome_of[job]) for job in found), *lost]
-        return outcomes_of
+        folder.follow_copies()
+        lost = _drop_films(folder, {*addresses}, forget_missing, tell) if prune else []
+        for outcome in lost:
+            done(outcome)
+        return [*(_renew(folder, outcome_of[job]) for job in jobs), *lost]
 
 
 def read_digests(models: Path) -> dict[str, str]:
@@ -218,10 +207,10 @@ def _process_jobs(
             outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
 
-    with _show_progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
+    is_shown = films and sys.stderr.isatty()
+    with _show_progress(jobs[0].out, left) if is_shown else contextlib.nullcontext():
         # Files of equal size are probably copies. All except the first are read at the end.
-        first_of = {(job.folder, size): job for job, size in reversed(left.items())}
-        firsts = {*first_of.values()}
+        firsts = {*{size: job for job, size in reversed(left.items())}.values()}
         for waiting in ([x for x in jobs if x in firsts], [x for x in jobs if x not in firsts]):
             photos = [job for job in waiting if job.has_photo_name]
             # A process reads a single film, or up to 50 photos.
@@ -233,19 +222,18 @@ def _process_jobs(
 
 
 @contextlib.contextmanager
-def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar in a `with` block that reads files.
+def _show_progress(out: Path, left: Mapping[_Job, int]) -> Iterator[None]:
+    """Shows a progress bar in a `with` block that reads files into the folder of features `out`.
 
     `left` is file -> size in bytes, for the files that are not finished. The block removes each
     finished file from `left`.
     """
-    total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
+    total, ended = sum(left.values()), threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
     def watch(last: int = 0) -> None:
         while not ended.wait(PROGRESS_SECONDS):
-            pattern = f".extract-*/{media.PROGRESS}"
-            paths = [path for out in places for path in out.glob(pattern)]
+            paths = [*out.glob(f".extract-*/{media.PROGRESS}")]
             # Another process may remove or write a file of progress at this moment.
             with contextlib.suppress(UserError, OSError, ValueError):
                 parts = (int(files.read_bytes(path, PROGRESS_BYTES)) for path in paths)
@@ -262,10 +250,13 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
     bar.close()
 
 
-def _prepare_folder(out: Path, tagged: bool, pictures: bool, tell: Tell) -> MediaFolder:
+def _prepare_folder(
+    out: Path, settings: ExtractionSettings, tagged: bool, pictures: bool, tell: Tell
+) -> MediaFolder:
     """Removes what interrupted calls left in the folder of features `out`; returns its films.
 
-    `tagged` and `pictures` are the arguments `tagged` and `thumbnails` of `extract_folders`.
+    `settings` are the settings of its features. `tagged` and `pictures` are the arguments `tagged`
+    and `thumbnails` of `extract_files`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -273,7 +264,7 @@ def _prepare_folder(out: Path, tagged: bool, pictures: bool, tell: Tell) -> Medi
     elif not media.remove_thumbnails(out):
         raise files.foreign_error(out / THUMBNAILS)
     media.remove_leftovers(out, None)
-    folder = MediaFolder(out, tagged=tagged)
+    folder = MediaFolder(out, settings, tagged=tagged)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in folder.films:
             about = "it is removed, and the film is read again if you name it"
@@ -282,19 +273,20 @@ def _prepare_folder(out: Path, tagged: bool, pictures: bool, tell: Tell) -> Medi
     return folder
 
 
-def _drop_films(folder: MediaFolder, listed: set[str], drop: Drop, tell: Tell) -> list[FileOutcome]:
-    """Removes films and photos of earlier calls that were deleted, see `drop` of `extract_folders`.
+def _drop_films(
+    folder: MediaFolder, listed: set[str], forget_missing: bool, tell: Tell
+) -> list[FileOutcome]:
+    """Removes films and photos of earlier calls that were deleted, see `prune` of `extract_files`.
 
     `listed` are the addresses of the files of this call. Returns outcomes with an error, if files
     of earlier calls cannot be found and their features are kept.
     """
-    folder.follow_copies()
-    unsure, lost = list[Path](), list[FileOutcome]()
-    for stem in sorted(folder.films.keys() - folder.used if drop != "nothing" else ()):
+    unsure = list[Path]()
+    for stem in sorted(folder.films.keys() - folder.used):
         film = folder.films[stem]
         path, missing = film.source.path, is_missing(film.source.path)
         deleted = all(
-            x.address in listed or is_deleted(x.path) or (drop == "missing" and is_missing(x.path))
+            x.address in listed or is_deleted(x.path) or (forget_missing and is_missing(x.path))
             for x in film.stamps
         )
         if deleted:
@@ -303,28 +295,19 @@ def _drop_films(folder: MediaFolder, listed: set[str], drop: Drop, tell: Tell) -
         else:
             folder.used.add(stem)
             unsure += [path] * missing
-    if drop != "nothing":
-        media.remove_leftovers(folder.out, folder.used)
-    if unsure:
-        path, rest = unsure[0], messages.count(len(unsure) - 1, "more file")
-        more = f" (and of {rest})" if unsure[1:] else ""
-        error = f"the folder of {path}{more} is missing or empty: is the drive connected?"
-        lost.append(FileOutcome(path, None, f"{error} The results are kept", remedy=FORGET_REMEDY))
-    return lost
+    media.remove_leftovers(folder.out, folder.used)
+    if not unsure:
+        return []
+    path, rest = unsure[0], messages.count(len(unsure) - 1, "more file")
+    more = f" (and of {rest})" if unsure[1:] else ""
+    error = f"the folder of {path}{more} is missing or empty: is the drive connected?"
+    return [FileOutcome(path, None, f"{error} The results are kept", remedy=FORGET_REMEDY)]
 
 
 def _renew(folder: MediaFolder, outcome: FileOutcome) -> FileOutcome:
     """Returns an outcome with the last description of its film, which a copy may have changed."""
     media = outcome.media
     return outcome._replace(media=media and folder.films.get(folder.stem_of[media.sha256], media))
-
-
-def choose_drop(prune: bool, forget_missing: bool) -> Drop:
-    """Returns the argument `drop` of `extract_folders`: which features of earlier calls to remove.
-
-    `prune` and `forget_missing` are the flags --prune and --forget-missing of a command.
-    """
-    return ("missing" if forget_missing else "deleted") if prune else "nothing"
 
 
 def _check_extraction(
@@ -371,20 +354,23 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict
     pending: dict[_Job, film_lib.Task] = {}
     with contextlib.ExitStack() as folders:
         for job in jobs:
-            try:
-                outcome = _compare(job, folders)
-            except (UserError, OSError) as error:
-                outcome = _describe_failure(job, error)
-            if isinstance(outcome, FileOutcome):
-                outcomes[job] = outcome
-            else:
-                pending[job] = outcome
+            with _catch_failure(job, outcomes):
+                found = _compare(job, folders)
+                if isinstance(found, FileOutcome):
+                    outcomes[job] = found
+                else:
+                    pending[job] = found
         if pending:
             photos = messages.count(len(pending), "photo")
             say(f"{media.make_printable(title) or photos} ...")
         answers = _read(children, pending) if pending else []
         for (job, task), answer in zip(pending.items(), answers, strict=True):
-            outcomes[job] = _take_results(job, task, answer)
+            if isinstance(answer, NetError):
+                check_nets(job.models, task.settings)  # raises the error, unless a file made it up
+            with _catch_failure(job, outcomes), job.folder.lock:
+                if isinstance(answer, UserError):
+                    raise answer
+                outcomes[job] = _merge(job, task, answer)
     return outcomes
 
 
@@ -433,9 +419,9 @@ def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return film_lib.Task(
-        models=str(job.models.absolute()), settings=job.settings, path=str(job.path.absolute()),
-        out=str(partial.absolute()), stem=job.stem, taken=job.taken, stems=stems, current=current,
-        source=source, sha256=sha256, tagged=job.folder.tagged,
+        models=str(job.models.absolute()), settings=job.folder.settings,
+        path=str(job.path.absolute()), out=str(partial.absolute()), stem=job.stem, stems=stems,
+        current=current, source=source, sha256=sha256, tagged=job.folder.tagged,
     )  # fmt: skip
 
 
@@ -454,26 +440,6 @@ def _keep(job: _Job, stem: str, source: FileStamp, *, turned: bool = False) -> F
         about = f"{job.path} is a copy of {film.source.path} and is left out"
         job.tell(Note(about, warning=False))
     return FileOutcome(job.path, film, kept=True, copy=is_copy)
-
-
-def _take_results(
-    job: _Job, task: film_lib.Task, answer: film_lib.Answer | UserError
-) -> FileOutcome:
-    """Moves results of `film.work` from the folder `task.out` to `job.out`; returns the outcome.
-
-    If the file could not be read, the results of an earlier call are kept: the file may be on a
-    drive that fails, or a placeholder for a file in a cloud. If a net cannot be used, raises
-    UserError, because no file can be read.
-    """
-    if isinstance(answer, NetError):
-        check_nets(job.models, job.settings)  # raises the error, unless the file made it up
-    try:
-        if isinstance(answer, UserError):
-            raise answer
-        with job.folder.lock:
-            return _merge(job, task, answer)
-    except (UserError, OSError) as error:
-        return _describe_failure(job, error)
 
 
 def _merge(job: _Job, task: film_lib.Task, answer: film_lib.Answer) -> FileOutcome:
@@ -570,20 +536,28 @@ def _check_results(job: _Job, task: film_lib.Task, answer: film_lib.Answer, stem
     return film
 
 
-def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that could not be read. If the disk is full, raises `error`."""
-    folder, earlier = job.folder, job.folder.find_at(job.address)
-    if earlier:
-        stem = folder.stem_of[earlier.sha256]
-        folder.used.add(stem)
-        if not media.has_features(job.out, stem):
-            earlier = None
-    elif job.stem and not job.taken:  # a killed call may have left incomplete files
-        folder.remove(job.stem)
-    if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
-        raise error
-    text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
-    text = text if str(job.path) in text else f"'{job.path}': {text}"
-    if earlier:
-        text += ". The results of an earlier call are kept"
-    return FileOutcome(job.path, None, text, remedy=remedy, earlier=earlier)
+@contextlib.contextmanager
+def _catch_failure(job: _Job, outcomes: dict[_Job, FileOutcome]) -> Iterator[None]:
+    """Adds an outcome if a file cannot be read in a `with` block. If the disk is full, raises.
+
+    The results of an earlier call are kept: the file may be on a drive that fails, or a placeholder
+    for a file in a cloud.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        folder, earlier = job.folder, job.folder.find_at(job.address)
+        if earlier:
+            stem = folder.stem_of[earlier.sha256]
+            folder.used.add(stem)
+            if not media.has_features(job.out, stem):
+                earlier = None
+        elif job.stem and not job.stem.endswith("~"):
+            folder.remove(job.stem)  # a killed call may have left incomplete files
+        if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
+            raise
+        text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
+        text = text if str(job.path) in text else f"'{job.path}': {text}"
+        if earlier:
+            text += ". The results of an earlier call are kept"
+        outcomes[job] = FileOutcome(job.path, None, text, remedy=remedy, earlier=earlier)

@@ -9,20 +9,30 @@ import threading
 from pathlib import Path
 
 from vidjax.apps.video import media
-from vidjax.apps.video.media import MOST_COPIES, VIDEOS, Content, FileStamp, MediaFile
-from vidjax.apps.video.media_files import has_files, is_missing
+from vidjax.apps.video.media import (
+    MOST_COPIES,
+    VIDEOS,
+    Content,
+    ExtractionSettings,
+    FileStamp,
+    MediaFile,
+)
+from vidjax.apps.video.media_files import is_missing
+from vidjax.data.checks import list_entries
 from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 
 class MediaFolder:
     """The films and photos of a folder of features, and the places of their files.
 
     Several threads may use one object. They change it only while they hold `lock`. `tagged` is
-    explained in `pipeline.extract_folders`.
+    explained in `pipeline.extract_files`.
     """
 
-    def __init__(self, out: Path, *, tagged: bool):
-        self.out, self.tagged, self.lock = out, tagged, threading.Lock()
+    def __init__(self, out: Path, settings: ExtractionSettings, *, tagged: bool):
+        self.out, self.settings, self.tagged = out, settings, tagged
+        self.lock = threading.Lock()
         self.films = media.describe_media_files(out)  # stem -> description
         self.used = set[str]()  # the stems of the films that this call has found
         self.stem_of: dict[str, str] = {}  # digest of a film -> its stem
@@ -32,18 +42,17 @@ class MediaFolder:
         # Another film may have replaced an earlier film at its place.
         for stem in sorted(self.films, key=lambda stem: self.films[stem].source.mtime_ns):
             self._index(stem)
-        self.complete = {stem for stem in self.films if self._is_complete(stem)}
+        # The stems of the films whose features, and thumbnails if they are kept, exist.
+        self.complete = {
+            stem for stem in self.films
+            if media.has_features(out, stem) and not media.lacks_pictures(out, stem)
+        }  # fmt: skip
 
     def _index(self, stem: str) -> None:
         film = self.films[stem]
         self.stem_of[film.sha256] = stem
         for stamp in reversed(film.stamps):
             self._at[stamp.address] = self._seen[stamp] = stem
-
-    def _is_complete(self, stem: str) -> bool:
-        """Returns whether the features of a film, and its thumbnails if they are kept, exist."""
-        lacks_pictures = media.lacks_pictures(self.out, stem)
-        return media.has_features(self.out, stem) and not lacks_pictures
 
     def recognise(self, stamp: FileStamp) -> str | None:
         """Returns the stem of the film in a file that has not changed, if its features exist."""
@@ -63,21 +72,20 @@ class MediaFolder:
         """Returns the film that was last seen at an address, see `FileStamp`, or None."""
         return self.films.get(self._at.get(address, ""))
 
-    def choose_stem(self, path: Path, address: str) -> tuple[str, bool]:
-        """Returns the stem of a file if it shows a new film, and whether another film has the stem.
+    def choose_stem(self, path: Path, address: str) -> str:
+        """Returns the stem of a file if it shows a new film, see `film.choose_stem`.
 
-        `address` is the address of `path`, see `FileStamp`. No two calls return the same free stem.
-        In a folder of tagged photos, the stem is "",
+        `address` is the address of `path`, see `FileStamp`. If another film has the stem, `~` is
+        added. No two calls return the same free stem. In a folder of tagged photos, the stem is "",
         because it is made of the digest.
         """
         if self.tagged:
-            return "", False
+            return ""
         stem = media.make_stem(path)
-        if self.find_at(address):
-            return stem, True
-        is_taken = stem.lower() in self._taken
+        if self.find_at(address) or stem.lower() in self._taken:
+            return f"{stem}~"
         self._taken.add(stem.lower())
-        return stem, is_taken
+        return stem
 
     def place(self, stem: str, stamp: FileStamp, name: str) -> bool:
         """Notes that a file with a name shows the film `stem`. Returns whether the file is a copy.
@@ -133,5 +141,11 @@ def keep_places(stamps: list[FileStamp], *, surely: bool) -> list[FileStamp]:
 
 
 def is_deleted(path: Path) -> bool:
-    """Returns whether a file is missing in a folder that contains other files."""
-    return is_missing(path) and has_files(path.parent)
+    """Returns whether a file is missing in a folder that contains other files.
+
+    Hidden files do not count.
+    """
+    try:
+        return is_missing(path) and bool(list_entries(path.parent))
+    except (UserError, OSError):
+        return False

@@ -130,7 +130,7 @@ def name_people(
       forget_missing: True forgets people whose photos are all missing. If `prune` is True, too, the
         results of all missing films are deleted.
       take_over: True takes corrections of films over to films that show the same, see `heirs`.
-      models, settings, workers, check, done, tell: see `pipeline.extract_folders`.
+      models, settings, workers, check, done, tell: see `pipeline.extract_files`.
 
     Raises:
       UserError: there is no film, there is no usable photo, a net is missing, the folder for
@@ -166,10 +166,10 @@ def name_people(
             _check_photos(folder, found, said, note)
         if state.index.names and not any(x.person == log.STRANGERS for x in found.faces):
             answers_lib.choose_rule(state, *rule)  # reports wrong flags before films are read
-        read = pipeline.extract_folders(
-            {out / FEATURES: films}, settings=settings, done=done, tell=note,
-            drop=pipeline.choose_drop(prune, forget_missing), **options,
-        )[out / FEATURES]  # fmt: skip
+        read = pipeline.extract_files(
+            films, out / FEATURES, settings=settings, done=done, tell=note,
+            prune=prune, forget_missing=forget_missing, **options,
+        )  # fmt: skip
         failed = found.failed | {str(x.path): x.remedy for x in read if not x.media}
         with log.lock(out, WAIT_SECONDS):
             changed = {x.media.sha256 for of in found.outcomes.values() for x in of
