@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidjax.apps.video import align, media_files
+from vidjax.apps.video.media import DecodeCounts, Jump
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
@@ -50,7 +51,6 @@ MISSING_FRACTION = 0.05
 JUMP_SECONDS, JUMP_STEPS, NEAR_STEPS = 10.0, 50, 3
 KEY_SECONDS = 10.0  # the longest time between two key frames of a broadcast
 BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for example in joined files
-Jump = tuple[float, float]  # when the clock jumps, and by how much, in seconds
 
 # (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
 # (a x + c y, b x + d y).
@@ -81,19 +81,6 @@ class Frame:
     small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
     rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
     gap_s: float  # the end of the previous picture if the time jumps to `time_s`; else `time_s`
-
-
-@dataclasses.dataclass
-class DecodeCounts:
-    """Counts of the frames and errors so far."""
-
-    frames: int = 0
-    corrupt: int = 0  # frames that the decoder marked as corrupt. They are skipped
-    refused: int = 0  # packets and frames that could not be decoded or converted
-    repaired: int = 0  # time stamps that `Clock` replaced
-    jumps: list[Jump] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0  # the end of the last frame
-    damaged: bool = False  # whether the last part of the pictures or the sound is missing
 
 
 class Clock:
@@ -182,7 +169,7 @@ class Video:
         self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
         _check_size(path, self.info)
-        self.counts = DecodeCounts()
+        self.counts = DecodeCounts(frames=0, seconds=0.0)
         self._resets = container.format.name in BROADCASTS
         # Two reformatters, because each caches its conversion for a single size and format.
         self._shrinks, self._converts = VideoReformatter(), VideoReformatter()

@@ -8,7 +8,6 @@ a shot. While no other person is in the picture, speech counts as the person's v
 speaker may be off screen.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -335,7 +334,7 @@ def _read_film(task: Task, stem: str, clips: ClipBuilder, nets: Nets) -> dict[st
         cuts, seen, layout = _make_clips(video, clips, nets, task, stem)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
     facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
-    facts |= dataclasses.asdict(video.counts)
+    facts |= msgspec.structs.asdict(video.counts)
     facts["upside_down"] = clips.turned >= max(LEAST_TURNED, clips.seen / 2)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:

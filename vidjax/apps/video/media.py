@@ -68,6 +68,7 @@ Layout = Literal[
 ]  # fmt: skip
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Orientation = Annotated[int, Meta(ge=1, le=8)]  # of EXIF
+Jump = tuple[Seconds, Seconds]  # when the clock of a film jumps, and by how much
 OptionalSha256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
 Area = tuple[Share, Share, Share, Share]  # left, top, width and height of a face
@@ -214,7 +215,19 @@ class Content(Struct, kw_only=True, frozen=True):
     tags_sha256: OptionalSha256 = ""
 
 
-class MediaFile(Struct, kw_only=True, dict=True):
+class DecodeCounts(Struct, kw_only=True):
+    """How a film was decoded: counts of the frames and errors, so far or in the whole film."""
+
+    seconds: Seconds  # the end of the last frame: the length of the film
+    frames: Count
+    corrupt: Count = 0  # frames that the decoder marked as corrupt. They are skipped
+    refused: Count = 0  # packets and frames that could not be decoded or converted
+    repaired: Count = 0  # time stamps that `decode.Clock` replaced
+    jumps: Annotated[list[Jump], Meta(max_length=files.MAX_ITEMS)] = []
+    damaged: bool = False  # whether the last part of the pictures or the sound is missing
+
+
+class MediaFile(DecodeCounts, kw_only=True, dict=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[4] = FORMAT
@@ -230,17 +243,9 @@ class MediaFile(Struct, kw_only=True, dict=True):
     orientation: Orientation = 1
     tags_sha256: OptionalSha256 = ""
     photo: bool
-    seconds: Seconds  # the length of the video
     # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
     tracks: Annotated[list[FaceTrack], Meta(max_length=files.MAX_ITEMS)]
-    # The next six fields are explained in `decode.DecodeCounts`.
-    frames: Count
-    corrupt: Count = 0
-    refused: Count = 0
-    repaired: Count = 0
-    jumps: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)] = []
-    damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
     brightness: Share | None = None  # the mean brightness of all pictures
     halves: Layout | None = None  # if two halves show the same picture
@@ -473,15 +478,11 @@ def remove_tags(out: Path, stem: str, names: Collection[str]) -> None:
 def set_aside(out: Path) -> None:
     """Deletes the features and thumbnails in a folder, before other nets compute new features.
 
-    Keeps the JSON files that describe films and photos, except damaged files.
+    Keeps the JSON files that describe films and photos.
     """
-    known = describe_media_files(out)
     for path in out.glob("*.npz"):
-        if path.stem in known:
-            _remove_pictures(out / THUMBNAILS / path.stem)
-            path.unlink(missing_ok=True)
-        else:
-            remove_media_file(out, path.stem)
+        _remove_pictures(out / THUMBNAILS / path.stem)
+        path.unlink(missing_ok=True)
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:

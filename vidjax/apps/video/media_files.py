@@ -1,14 +1,14 @@
 """Finds films and photos in the paths that a user gives, and checks whether a file is missing."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vidjax.apps.video import media
 from vidjax.data.checks import list_entries
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Note, suggest_path
+from vidjax.utils.messages import Note, Tell, ignore_note, suggest_path
 from vidjax.utils.names import show
 
 # The endings of films and photos in folders. A file that a user names may have any ending.
@@ -38,12 +38,13 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def list_files(paths: Sequence[Path]) -> list[Path]:
+def list_files(paths: Sequence[Path], tell: Tell = ignore_note) -> list[Path]:
     """Returns all files in `paths`, and all films and photos in folders in `paths`.
 
-    Each file is returned once. Raises UserError if a path does not exist, or no file is found.
+    Each file is returned once. `tell` is called with what is left out, see `search_folder`. Raises
+    UserError if a path does not exist, or no file is found.
     """
-    path_of: dict[Path, Path] = {}
+    path_of, notes = dict[Path, Path](), list[Note]()
     for path in paths:
         if not files.exists(path):
             here = f"\nthe current folder is '{Path.cwd()}': to go to another one, cd FOLDER"
@@ -54,13 +55,15 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
         inside = [path]
         if path.is_dir():
             list_entries(path)  # raises OSError if the user may not read the folder
-            inside = [file for folder in list_folders(path) for file in split_files(folder)[0]]
+            inside = search_folder(path, notes.append)
         for file in inside:
             path_of.setdefault(Path(os.path.realpath(file)), file)
     if not path_of:
         raise UserError(
             f"'{paths[0]}' contains no video and no photo\ngive videos, photos, or folders of them"
         )
+    for note in notes:
+        tell(note)
     return list(path_of.values())
 
 
@@ -94,30 +97,30 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     return [x for x in paths if x in accepted], [x for x in paths if x not in accepted]
 
 
-def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
-    """Yields notes about what cannot be used in folders that a user names.
+def search_folder(folder: Path, tell: Tell) -> list[Path]:
+    """Returns all films and photos in a folder and its subfolders.
 
-    These are files that are no films or photos, folders without films and photos, and folders that
-    the user may not read.
+    `tell` is called with notes about files that are no films or photos, about subfolders that the
+    user may not read, and about a folder without films and photos.
     """
     from vidjax.apps.video import regions  # slow to import, and few commands search files
 
-    for named in paths:
-        count, unreadable = 0, list[OSError]()
-        folders = list_folders(named, unreadable.append)
-        for error in (x for x in unreadable if isinstance(x, PermissionError)):
-            yield Note(f"{show(error.filename)} is left out, because you may not read this folder")
-        for path in folders:
-            accepted, others = split_files(path)
-            count += len(accepted)
-            expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
-            expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
-            if others := [x for x in others if x not in expected]:
-                more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-                left_out = f"files in {show(str(path))} that are not films or photos are left out"
-                yield Note(f"{left_out}: {show(others[0].name)}{more}", warning=False)
-        if named.is_dir() and not count:
-            yield Note(f"'{show(str(named))}' contains no film and no photo")
+    found, unreadable = list[Path](), list[OSError]()
+    folders = list_folders(folder, unreadable.append)
+    for error in (x for x in unreadable if isinstance(x, PermissionError)):
+        tell(Note(f"{show(error.filename)} is left out, because you may not read this folder"))
+    for path in folders:
+        accepted, others = split_files(path)
+        found += accepted
+        expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
+        expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
+        if others := [x for x in others if x not in expected]:
+            more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+            left_out = f"files in {show(str(path))} that are not films or photos are left out"
+            tell(Note(f"{left_out}: {show(others[0].name)}{more}", warning=False))
+    if not found:
+        tell(Note(f"'{show(str(folder))}' contains no film and no photo"))
+    return found
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:

@@ -101,8 +101,7 @@ def list_photos(people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG) -> di
             f"choose a folder outside '{people}' for --out, or another folder for {flag}"
         )
     photos_of: dict[str, list[Path]] = {}
-    for note in media_files.describe_left_out([people]):
-        tell(note)
+    media_files.search_folder(people, tell)
     single = media_files.split_files(people)[0]
     for path in list_entries(people):
         if (is_file := files.is_file(path)) and path not in single:

@@ -29,7 +29,7 @@ from vidjax.apps.video.media import (
     MediaFile,
 )
 from vidjax.apps.video.media_files import PHOTOS, is_missing
-from vidjax.apps.video.places import MediaFolder, is_deleted, keep_places
+from vidjax.apps.video.places import MediaFolder, is_deleted
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.utils import files, messages
@@ -147,9 +147,7 @@ def extract_files(
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    listed = media_files.list_files(paths)
-    for note in media_files.describe_left_out(paths):
-        tell(note)
+    listed = media_files.list_files(paths, tell)
     media_files.check_apart(listed, out)
     with files.lock(files.make_folder(out, "out", mode=0o700), "features"):
         files.refuse_links(out)
@@ -463,8 +461,7 @@ def _merge(job: _Job, task: film_lib.Task, answer: film_lib.Answer) -> FileOutco
         return _keep(job, known, source, turned=before.orientation != film.orientation)
     _check_tags(job, before or folder.find_at(source.address), film)
     if before:
-        others = [stamp for stamp in before.stamps if stamp.address != source.address]
-        film.copies = keep_places(others, surely=folder.tagged)
+        film.copies = folder.list_others(before, source.address)
     folder.remove(stem)
     try:
         _move_features(Path(task.out), job.out, stem, film)

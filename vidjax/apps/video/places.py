@@ -37,7 +37,6 @@ class MediaFolder:
         self.used = set[str]()  # the stems of the films that this call has found
         self.stem_of: dict[str, str] = {}  # digest of a film -> its stem
         self._at: dict[str, str] = {}  # address -> the stem of the film that was last seen there
-        self._seen: dict[FileStamp, str] = {}  # the properties of a file -> stem of its film
         self._taken = {stem.lower() for stem in self.films}
         # Another film may have replaced an earlier film at its place.
         for stem in sorted(self.films, key=lambda stem: self.films[stem].source.mtime_ns):
@@ -51,13 +50,12 @@ class MediaFolder:
     def _index(self, stem: str) -> None:
         film = self.films[stem]
         self.stem_of[film.sha256] = stem
-        for stamp in reversed(film.stamps):
-            self._at[stamp.address] = self._seen[stamp] = stem
+        self._at |= dict.fromkeys((stamp.address for stamp in film.stamps), stem)
 
     def recognise(self, stamp: FileStamp) -> str | None:
         """Returns the stem of the film in a file that has not changed, if its features exist."""
-        stem = self._seen.get(stamp)
-        return stem if stem in self.complete else None
+        stem = self._at.get(stamp.address, "")
+        return stem if stem in self.complete and stamp in self.films[stem].stamps else None
 
     def list_known(self, sha256: str) -> tuple[dict[str, str], list[Content]]:
         """Returns the stem of each digest, and the contents that need not be read again.
@@ -93,18 +91,29 @@ class MediaFolder:
         If the film is not at its earlier place, the file becomes its first place.
         """
         film = self.films[stem]
-        before = film.video, film.stamps
-        others = [x for x in film.stamps if x.address != stamp.address]
+        before, others = (film.video, film.stamps), self.list_others(film, stamp.address)
         is_copy = film.source.address != stamp.address and film.source.is_valid
         if is_copy:
-            others = [*others[1:], stamp]
+            film.copies = [*others[1:], stamp]  # the first one is `film.source`
         else:
-            film.source, film.video = stamp, media.make_printable(name)
-        film.copies = keep_places(others, surely=self.tagged)
+            film.source, film.video, film.copies = stamp, media.make_printable(name), others
         if before != (film.video, film.stamps):
             media.write(self.out / VIDEOS / f"{stem}.json", film)
             self._index(stem)
         return is_copy
+
+    def list_others(self, film: MediaFile, address: str) -> list[FileStamp]:
+        """Returns the places of a film, except `address`, where a file still is, or may be.
+
+        A file may be on a drive that is not connected. But the name of a folder of tagged photos is
+        the name of a person, who may have another name now. So only files that exist count there.
+        """
+
+        def may_be(path: Path) -> bool:
+            return not (self.tagged or files.exists(path) or is_deleted(path))
+
+        others = (x for x in film.stamps if x.address != address)
+        return [x for x in others if x.is_valid or may_be(x.path)][-MOST_COPIES:]
 
     def add(self, stem: str, film: MediaFile) -> None:
         """Adds a film after its features were written, and writes its description."""
@@ -125,19 +134,6 @@ class MediaFolder:
             is_lost = stem not in self.used and film.copies and not film.source.is_valid
             if is_lost and (there := next((x for x in film.copies if x.is_valid), None)):
                 self.place(stem, there, there.path.name)
-
-
-def keep_places(stamps: list[FileStamp], *, surely: bool) -> list[FileStamp]:
-    """Returns the places where a file still is, or may be: its drive may not be connected.
-
-    If `surely` is True, returns only the places where the file is: the name of a folder of photos
-    is the name of a person, who may have another name now.
-    """
-
-    def may_be(stamp: FileStamp) -> bool:
-        return not (surely or files.exists(stamp.path) or is_deleted(stamp.path))
-
-    return [x for x in stamps if x.is_valid or may_be(x)][-MOST_COPIES:]
 
 
 def is_deleted(path: Path) -> bool:

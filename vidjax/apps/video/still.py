@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.apps.video import decode, pictures
+from vidjax.apps.video.media import Jump
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError
 
@@ -17,7 +18,7 @@ MOST_SIDE = 1280  # pixels of the longer side
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
-def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) -> bytes:
+def read_still(path: Path, seconds: float, jumps: Sequence[Jump] = ()) -> bytes:
     """Returns the content of a JPEG file: the picture of a film at `seconds`, or a whole photo.
 
     The picture is turned upright. `jumps` are jumps in the time stamps of the film, as
