@@ -143,16 +143,16 @@ def enrol(
     of_person = isinstance(identities, str)
     if of_person:
         check_person(identities)
+    has_people = identities is None and not strangers
     for path in (given for given in inputs if isinstance(given, Path)):
         refuse_photos(path)
-        has_people = identities is None and not strangers
         check_input(gallery, path, has_people=has_people, of_person=of_person)
     for number, given in enumerate(inputs, 1):
         begin(number, given)
         people = identities
         if not isinstance(given, Path):
             clips = given
-        elif people is None and not strangers:
+        elif has_people:
             clips, people = load_people(gallery, given, required=not several)
         else:
             clips = gallery.load(given)
@@ -307,10 +307,9 @@ def name_clips(
     if not films:
         answers = identify(vectors) if gallery.identities else {}
         return NamedTracks({**answers}, {}, None, {})
-    out, told = gallery.folder.parent, find_known(gallery.state, vectors)
-    said = Said(log.read(out) if gallery.command else (), films)
-    if gallery.command:
-        told = {clip: said.names[clip] for clip in vectors.names if clip in said.names}
+    said = Said(log.read(gallery.folder.parent) if gallery.command else (), films)
+    names = said.names if gallery.command else find_known(gallery.state, vectors)
+    told = {clip: names[clip] for clip in vectors.names if clip in names}
     gallery.check_apart(vectors, naming.list_apart(films))
     tracks = Tracks(gallery.state, vectors, films)
     return naming.name_tracks(tracks, lambda x, of: identify(x, groups=of), told, said=said)

@@ -7,7 +7,6 @@ are in seconds since the first picture or sound of the file, as in video players
 
 import collections
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import io
@@ -17,7 +16,7 @@ import types
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
-    from av import AudioFrame, AudioStream, VideoFrame, VideoStream
+    from av import AudioFrame, AudioStream, VideoCodecContext, VideoFrame, VideoStream
     from av.container import InputContainer
     from av.video.reformatter import VideoReformatter
 
@@ -57,13 +56,9 @@ BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for examp
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Info:
+class Info(NamedTuple):
     """The properties that a video declares. The file may be wrong about any of them."""
 
-    # The size of the stored picture in pixels, before it is turned upright.
-    width: int
-    height: int
     aspect: float  # the width of a pixel divided by the height of a pixel
     seconds: float | None  # the duration; None if the file declares none
     rate: float  # the average number of frames per second
@@ -73,8 +68,7 @@ class Info:
     others: int  # number of further video streams, such as other programmes, which are not read
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """A picture of a video at `time_s` seconds."""
 
     time_s: float
@@ -168,7 +162,7 @@ class Video:
         self._stream = _find_video_stream(path, container)
         self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
-        _check_size(path, self.info)
+        _check_size(path, self._stream.codec_context, self.info.aspect)
         self.counts = DecodeCounts(frames=0, seconds=0.0)
         self._resets = container.format.name in BROADCASTS
         # Two reformatters, because each caches its conversion for a single size and format.
@@ -233,7 +227,7 @@ class Video:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
         if clock.jumps:  # the average rate contains the jumps
-            self.info = dataclasses.replace(self.info, rate=1.0 / clock.step)
+            self.info = self.info._replace(rate=1.0 / clock.step)
         declared = (self.info.seconds or 0.0) - self._resets * sum(by for _, by in clock.jumps)
         # Some programs write the time stamp of the end into Matroska files, not the duration.
         from_zero = self.info.start_s if "matroska" in self._container.format.name else 0.0
@@ -438,7 +432,6 @@ def _list_sound_streams(container: "InputContainer") -> "list[AudioStream]":
 def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
     import av
 
-    context = stream.codec_context
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     base = stream.time_base or Fraction(0)
     aspect = float(stream.sample_aspect_ratio or 1)
@@ -448,8 +441,6 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
         or (container.duration or 0) / av.time_base
     )
     return Info(
-        width=context.width,
-        height=context.height,
         aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else 1.0,
         seconds=seconds if seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
@@ -465,14 +456,15 @@ def _parse_duration(text: str) -> float | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
 
-def _check_size(path: Path, info: Info) -> None:
-    if info.width < 1 or info.height < 1:
+def _check_size(path: Path, context: "VideoCodecContext", aspect: float) -> None:
+    """Checks the size of the stored picture, before it is turned upright."""
+    if context.width < 1 or context.height < 1:
         # FFmpeg reports no size above the limit, or if it cannot decode the first picture.
         raise UserError(
             f"'{path}' is damaged, or has more than {MOST_PIXELS:,} pixels\n"
             "copy the file again, or convert it to MP4 with fewer pixels"
         )
-    check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
+    check_pixels(path, round(context.width * max(1.0, aspect)), context.height)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

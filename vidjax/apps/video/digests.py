@@ -111,10 +111,8 @@ def _split_webp(content: memoryview) -> Iterator[memoryview]:
     place, end, has_pixels = 12, 8 + int.from_bytes(content[4:8], "little"), False
     while place < end:
         size = int.from_bytes(_take(content, place + 4, 4), "little")
-        part, is_picture = (
-            _take(content, place, 8 + size),
-            content[place : place + 4] in WEBP_PICTURE,
-        )
+        part = _take(content, place, 8 + size)
+        is_picture = part[:4] in WEBP_PICTURE
         has_pixels |= is_picture
         yield part if is_picture else content[:0]
         place += 8 + size + size % 2

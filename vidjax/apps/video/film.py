@@ -22,13 +22,7 @@ from msgspec import Struct
 from vidjax.apps import cards
 from vidjax.apps.video import align, decode, media, pictures, regions, tracks, voices
 from vidjax.apps.video.halves import HalvesDetector
-from vidjax.apps.video.media import (
-    Content,
-    ExtractionSettings,
-    FaceTrack,
-    FileStamp,
-    MediaFile,
-)
+from vidjax.apps.video.media import Content, ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
@@ -47,16 +41,16 @@ LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside
 
 
 class Task(Struct, kw_only=True):
-    """The arguments of `work`: a film or photo to read. If `path` is "", `work` only loads nets."""
+    """The arguments of `work`: a film or photo to read."""
 
     models: str  # the folder of nets
     settings: ExtractionSettings
-    path: str = ""
-    out: str = ""  # an existing folder
+    path: str
+    out: str  # an existing folder
+    source: FileStamp  # the properties of the file, for the description
     stem: str = ""  # see `choose_stem`
     stems: dict[str, str] = {}  # digest of a film of an earlier call -> its stem
     current: list[Content] = []  # contents of films and photos that need not be read again
-    source: FileStamp | None = None  # the properties of the file, for the description
     sha256: str = ""  # the digest of a photo, see `Content`; "" if the file may be a film
     tagged: bool = False  # whether names that photo programs stored for faces are read from a photo
 
@@ -290,7 +284,7 @@ def identify(task: Task) -> tuple[Content, regions.Tags]:
         orientation = pictures.read_orientation(path)
     tags = regions.read_tags(path) if task.tagged and is_photo else regions.Tags([])
     found = files.sha256_json(tags) if tags.tags or tags.problem else ""
-    return Content(sha256=sha256, orientation=orientation, tags_sha256=found), tags
+    return Content(sha256, orientation, found), tags
 
 
 def extract(task: Task, content: Content, tags: regions.Tags, nets: Nets) -> MediaFile:
@@ -313,7 +307,6 @@ def extract(task: Task, content: Content, tags: regions.Tags, nets: Nets) -> Med
     else:
         facts = _read_film(task, stem, clips, nets)
     write_npz(out / f"{stem}.npz", clips.arrays, nets.digests)
-    assert task.source
     return MediaFile(
         video=media.make_printable(path.name),
         source=task.source,
@@ -436,13 +429,13 @@ def work(arguments: dict[str, Any]) -> Answer | None:
     """Extracts the features of a file, see `extract`, if it is not known. Runs in a child process.
 
     `arguments` are the fields of a `Task` as JSON values. Nets are only loaded if the file is not
-    known. If `path` is "", only loads the nets, and returns None. Raises NetError if a net cannot
-    be used.
+    known. If there are only the arguments of `load_nets`, loads the nets, and returns None. Raises
+    NetError if a net cannot be used.
     """
-    task = msgspec.convert(arguments, Task)
-    if not task.path:
-        load_nets(task.models, task.settings.size)
+    if "path" not in arguments:
+        load_nets(**arguments)
         return None
+    task = msgspec.convert(arguments, Task)
     content, tags = identify(task)
     if content in task.current:
         return Answer(content=content)

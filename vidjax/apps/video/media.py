@@ -201,7 +201,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
             return False
 
 
-class Content(Struct, kw_only=True, frozen=True):
+class Content(Struct, frozen=True):
     """What a film or photo shows. While it stays equal, the file is not read again."""
 
     # The digest of a film is the sha256 of the compressed pictures that are read, see
@@ -266,9 +266,7 @@ class MediaFile(DecodeCounts, kw_only=True, dict=True):
     @property
     def content(self) -> Content:
         """What the film or photo shows."""
-        return Content(
-            sha256=self.sha256, orientation=self.orientation, tags_sha256=self.tags_sha256
-        )
+        return Content(self.sha256, self.orientation, self.tags_sha256)
 
     @property
     def path(self) -> Path:

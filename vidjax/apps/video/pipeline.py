@@ -21,13 +21,7 @@ import msgspec
 
 from vidjax.apps import cards as cards_lib
 from vidjax.apps.video import digests, film as film_lib, media, media_files, regions
-from vidjax.apps.video.media import (
-    THUMBNAILS,
-    VIDEOS,
-    ExtractionSettings,
-    FileStamp,
-    MediaFile,
-)
+from vidjax.apps.video.media import THUMBNAILS, VIDEOS, ExtractionSettings, FileStamp, MediaFile
 from vidjax.apps.video.media_files import PHOTOS, is_missing
 from vidjax.apps.video.places import MediaFolder, is_deleted
 from vidjax.data.checks import list_entries
@@ -177,9 +171,8 @@ def read_digests(models: Path) -> dict[str, str]:
 
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
-    task = film_lib.Task(models=str(models), settings=settings)
     run_limited(
-        film_lib.__name__, models, msgspec.to_builtins(task), type(None),
+        film_lib.__name__, models, {"models": str(models), "size": settings.size}, type(None),
         reads=cards_lib.list_files(models), memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
     )  # fmt: skip
 
@@ -322,8 +315,7 @@ def _check_extraction(
         if foreign := list_entries(out):
             raise files.foreign_error(foreign[0])
         settings = settings or ExtractionSettings()
-        extraction = media.Extraction(models=digests, settings=settings)
-        media.write(out / media.NAME, extraction)
+        media.write(out / media.NAME, media.Extraction(models=digests, settings=settings))
         return settings
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
@@ -381,7 +373,7 @@ def _read(
     """
     tagged = (job.path for job in pending if job.folder.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
-    size = sum(task.source.size for task in pending.values() if task.source)
+    size = sum(task.source.size for task in pending.values())
     photos = all(job.has_photo_name for job in pending)
     return run_limited_each(
         film_lib.__name__,
@@ -445,7 +437,6 @@ def _merge(job: _Job, task: film_lib.Task, answer: film_lib.Answer) -> FileOutco
 
     Returns the outcome. The caller holds the lock of the folder.
     """
-    assert task.source
     folder, source, sha256 = job.folder, task.source, answer.content.sha256
     stem = film_lib.choose_stem(task, sha256)
     with doubt(job.path):
@@ -520,7 +511,7 @@ def _check_results(job: _Job, task: film_lib.Task, answer: film_lib.Answer, stem
     out = Path(task.out)
     with doubt(job.path):
         film = answer.film
-        assert film and task.source and film.content == answer.content
+        assert film and film.content == answer.content
         film.video = media.make_printable(job.path.name)
         film.source, film.copies = task.source, []
         files.refuse_links(out)

@@ -9,14 +9,7 @@ import threading
 from pathlib import Path
 
 from vidjax.apps.video import media
-from vidjax.apps.video.media import (
-    MOST_COPIES,
-    VIDEOS,
-    Content,
-    ExtractionSettings,
-    FileStamp,
-    MediaFile,
-)
+from vidjax.apps.video.media import VIDEOS, Content, ExtractionSettings, FileStamp, MediaFile
 from vidjax.apps.video.media_files import is_missing
 from vidjax.data.checks import list_entries
 from vidjax.utils import files
@@ -113,7 +106,7 @@ class MediaFolder:
             return not (self.tagged or files.exists(path) or is_deleted(path))
 
         others = (x for x in film.stamps if x.address != address)
-        return [x for x in others if x.is_valid or may_be(x.path)][-MOST_COPIES:]
+        return [x for x in others if x.is_valid or may_be(x.path)][-media.MOST_COPIES :]
 
     def add(self, stem: str, film: MediaFile) -> None:
         """Adds a film after its features were written, and writes its description."""
