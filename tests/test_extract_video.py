@@ -249,9 +249,10 @@ def test_bad_time_stamps_are_repaired():
         ([-4e-7, 0.1], [0.0, 0.1], 0),  # the start of the file was rounded up
         ([-0.5, -0.4, 0.3], [0.0, 0.1, 0.8], 1),
     ):
-        clock = decode.Clock(step_s=0.1, latest_s=10.0)
+        counts = decode.DecodeCounts(seconds=0.0, frames=0)
+        clock = decode.Clock(counts, step_s=0.1, latest_s=10.0)
         np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)
-        assert clock.repaired == repaired
+        assert counts.repaired == repaired
 
 
 def steps(*parts, step=40):

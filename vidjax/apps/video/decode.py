@@ -85,18 +85,18 @@ class Clock:
     frame.
 
     `step_s` is the step, the average duration of a frame in seconds. `latest_s` is the declared end
-    in seconds, or None. If `resets` is True, jumps of the time stamps, see `find_jumps`, are
-    removed from the times.
+    in seconds, or None. Repaired time stamps and jumps are counted in `counts`. If `resets` is
+    True, jumps of the time stamps, see `find_jumps`, are removed from the times.
     """
 
-    def __init__(self, step_s: float, latest_s: float | None, *, resets: bool = False):
-        self.step, self._resets = step_s, resets
-        self.jumps: list[Jump] = []
+    def __init__(
+        self, counts: DecodeCounts, step_s: float, latest_s: float | None, *, resets: bool = False
+    ):
+        self._counts, self.step, self._resets = counts, step_s, resets
         self.gap_s = 0.0  # see `Frame`
         self._latest = np.inf if latest_s is None else latest_s + 10.0
         self._shift = 0.0
         self._last: float | None = None
-        self.repaired = 0
 
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
         """Returns the time of the next frame in seconds.
@@ -109,11 +109,11 @@ class Clock:
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
         if bad or time > self._latest:
-            self.repaired += 1
+            self._counts.repaired += 1
             self._shift += 0.0 if stamp_s is None else after - time
             time = after
         elif usual_s is not None:
-            self.jumps.append((after, time - after))
+            self._counts.jumps.append((after, time - after))
             if self._resets:
                 self._shift += after - time
                 time = after
@@ -201,8 +201,8 @@ class Video:
         """
         from av.error import FFmpegError
 
-        clock = Clock(1.0 / self.info.rate, self.info.seconds, resets=self._resets)
-        sample = 0
+        counts, sample = self.counts, 0
+        clock = Clock(counts, 1.0 / self.info.rate, self.info.seconds, resets=self._resets)
         for decoded, usual_s in find_jumps(self._decode(self._stream)):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s, usual_s)
@@ -212,27 +212,26 @@ class Video:
                 small = _resize(self._shrinks, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
                 rgb = self._convert(decoded) if sampled else None
             except (FFmpegError, ValueError):  # a pixel format that cannot be converted
-                self.counts.refused += 1
+                counts.refused += 1
                 continue
             if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
-            self.counts.frames += 1
-            self.counts.repaired, self.counts.jumps = clock.repaired, clock.jumps
+            counts.frames += 1
             # A frame lasts at least the usual step. Its declared end may be beyond the film.
             duration_s = (decoded.duration or 0) * float(decoded.time_base or 0)
             declared_s = min(time_s + duration_s, self.info.seconds or 0.0)
-            self.counts.seconds = max(time_s + clock.step, declared_s)
+            counts.seconds = max(time_s + clock.step, declared_s)
             yield Frame(time_s, small, rgb, clock.gap_s)
-        if not self.counts.frames:
+        if not counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
-        if clock.jumps:  # the average rate contains the jumps
+        if counts.jumps:  # the average rate contains the jumps
             self.info = self.info._replace(rate=1.0 / clock.step)
-        declared = (self.info.seconds or 0.0) - self._resets * sum(by for _, by in clock.jumps)
+        declared = (self.info.seconds or 0.0) - self._resets * sum(by for _, by in counts.jumps)
         # Some programs write the time stamp of the end into Matroska files, not the duration.
         from_zero = self.info.start_s if "matroska" in self._container.format.name else 0.0
-        missing = declared - self.counts.seconds - from_zero
-        self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
+        missing = declared - counts.seconds - from_zero
+        counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
         """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
