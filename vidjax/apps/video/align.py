@@ -56,9 +56,8 @@ def turn_box(
     if old == new:
         return box
     left, top, width, height = box
-    stored = turn_boxes(
-        np.array([left, top, left + width, top + height]), {6: 8, 8: 6}.get(old, old)
-    )
+    corners = np.array([left, top, left + width, top + height])
+    stored = turn_boxes(corners, {6: 8, 8: 6}.get(old, old))
     left, top, right, bottom = turn_boxes(stored, new).clip(0, 1).round(6)[0].tolist()
     return left, top, round(right - left, 6), round(bottom - top, 6)
 

@@ -76,11 +76,6 @@ class _Job(NamedTuple):
     stem: str  # of the file if it shows a new film, see `film.choose_stem`
 
     @property
-    def out(self) -> Path:
-        """The folder of features."""
-        return self.folder.out
-
-    @property
     def has_photo_name(self) -> bool:
         """Whether the ending of the name is that of a photo."""
         return self.path.suffix.lower() in PHOTOS
@@ -199,7 +194,7 @@ def _process_jobs(
             done(outcome._replace(label=label[job]))
 
     is_shown = films and sys.stderr.isatty()
-    with _show_progress(jobs[0].out, left) if is_shown else contextlib.nullcontext():
+    with _show_progress(jobs[0].folder.out, left) if is_shown else contextlib.nullcontext():
         # Files of equal size are probably copies. All except the first are read at the end.
         firsts = {*{size: job for job, size in reversed(left.items())}.values()}
         for waiting in ([x for x in jobs if x in firsts], [x for x in jobs if x not in firsts]):
@@ -394,24 +389,23 @@ def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib
     which extracts the features into a temporary folder, unless the file shows a known film. When
     `folders` is closed, this folder is deleted.
     """
-    sidecars = regions.list_sidecars(job.path) if job.folder.tagged else ()
-    source = FileStamp.of(job.path, sidecars)
+    folder = job.folder
+    source = FileStamp.of(job.path, regions.list_sidecars(job.path) if folder.tagged else ())
     if not job.check:
-        with job.folder.lock:
-            if stem := job.folder.recognise(source):
+        with folder.lock:
+            if stem := folder.recognise(source):
                 return _keep(job, stem, source)
     sha256 = digests.digest_photo(job.path) or ""
-    with job.folder.lock:
-        stems, current = job.folder.list_known(sha256)
-    partial = folders.enter_context(
-        files.scratch_folder(job.out / f".extract-{secrets.token_hex(4)}")
-    )
-    if (job.out / THUMBNAILS).exists():
+    with folder.lock:
+        stems, current = folder.list_known(sha256)
+    partial = folder.out / f".extract-{secrets.token_hex(4)}"
+    folders.enter_context(files.scratch_folder(partial))
+    if (folder.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return film_lib.Task(
-        models=str(job.models.absolute()), settings=job.folder.settings,
-        path=str(job.path.absolute()), out=str(partial.absolute()), stem=job.stem, stems=stems,
-        current=current, source=source, sha256=sha256, tagged=job.folder.tagged,
+        models=str(job.models.absolute()), settings=folder.settings, path=str(job.path.absolute()),
+        out=str(partial.absolute()), stem=job.stem, stems=stems, current=current, source=source,
+        sha256=sha256, tagged=folder.tagged,
     )  # fmt: skip
 
 
@@ -455,7 +449,7 @@ def _merge(job: _Job, task: film_lib.Task, answer: film_lib.Answer) -> FileOutco
         film.copies = folder.list_others(before, source.address)
     folder.remove(stem)
     try:
-        _move_features(Path(task.out), job.out, stem, film)
+        _move_features(Path(task.out), folder.out, stem, film)
         folder.add(stem, film)
     except OSError:
         folder.remove(stem)  # incomplete files
@@ -538,7 +532,7 @@ def _catch_failure(job: _Job, outcomes: dict[_Job, FileOutcome]) -> Iterator[Non
         if earlier:
             stem = folder.stem_of[earlier.sha256]
             folder.used.add(stem)
-            if not media.has_features(job.out, stem):
+            if not media.has_features(folder.out, stem):
                 earlier = None
         elif job.stem and not job.stem.endswith("~"):
             folder.remove(job.stem)  # a killed call may have left incomplete files
