@@ -96,7 +96,7 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
 
     media = {
         "OTIO_SCHEMA": "ExternalReference.1",
-        "target_url": f"file://{film.address}",
+        "target_url": film.path.as_uri(),
         "available_range": make_range(0, _count_frames(film)),
     }
     return {
@@ -118,5 +118,5 @@ def to_playlist(cuts: Sequence[Cut]) -> str:
         rate = _get_rate(film)
         lines += [f"#EXTINF:{round((end - begin) / rate)},{make_printable(film.path.name)}"]
         lines += [f"#EXTVLCOPT:start-time={begin / rate:.3f}"]
-        lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", f"file://{film.address}"]
+        lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", film.path.as_uri()]
     return "\n".join(lines) + "\n"

@@ -278,11 +278,6 @@ class MediaFile(DecodeCounts, kw_only=True, dict=True):
         return path if make_printable(path.name) == name else path.with_name(name)
 
     @property
-    def address(self) -> str:
-        """The path, with special characters quoted as in a URL (`%20`)."""
-        return urllib.parse.quote(os.fsencode(self.path))
-
-    @property
     def stamps(self) -> list[FileStamp]:
         """The places of the file and of its copies."""
         return [self.source, *self.copies]
@@ -365,16 +360,16 @@ def _is_old(path: Path) -> bool:
     return json_files.read(path, _Version, REMEDY, FILE_BYTES).format < FORMAT
 
 
-def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns settings for an extraction into `folder`, or None if all values in `given` are None.
+def choose_settings(folder: Path, **given: object) -> ExtractionSettings:
+    """Returns settings for an extraction into `folder`.
 
     `given` are setting -> value. A value of None is replaced by the value stored in `folder`. If
     `folder` stores no settings, None is replaced by the default.
     """
-    changed = {name: value for name, value in given.items() if value is not None}
-    before = read_extraction(folder) if changed else None
+    before = read_extraction(folder)
     settings = before.settings if before else ExtractionSettings()
-    return msgspec.structs.replace(settings, **changed) if changed else None
+    changed = {name: value for name, value in given.items() if value is not None}
+    return msgspec.structs.replace(settings, **changed)
 
 
 def read_media_file(path: Path) -> MediaFile:
