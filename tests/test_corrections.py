@@ -23,7 +23,7 @@ from tests.helpers.drawn_people import extract
 from tests.helpers.seen import refused
 from vidjax.apps.video import actions, align, log, media, results, review, still, who
 from vidjax.apps.video.media import FEATURES
-from vidjax.apps.video.names_page import CLIP
+from vidjax.apps.video.names_page import CLIP, Forms
 from vidjax.utils.errors import UserError
 
 
@@ -187,7 +187,7 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
             ("name", [person], new, clips), ("name", keys([face]), new, [face]),
             ("ignore", [person], "", clips), ("ignore", keys([face]), "", [face]),
             ("name", [person], choose(unknown), []), ("apart", keys(few), "", few),
-            ("apart", keys(few), "", few), ("deny", keys(denied), "", denied), ("undo",) * 4,
+            ("apart", keys(few), "", few), ("apart", keys(denied), "", denied), ("undo",) * 4,
         ]  # fmt: skip
         action, of, name, changed = changes[rng.integers(len(changes))]
         if action == "undo" and earlier:
@@ -205,8 +205,8 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
                 apart = {pair for pair in apart if of[0] == person or not {*pair} & {*changed}}
             else:
                 said = {clip: x for clip, x in said.items() if clip not in changed}
-                wrong |= {(clip, names[clip]) for clip in changed if action == "deny"}
-            if action == "apart":
+                wrong |= {(clip, names[clip]) for clip in changed if changed is denied}
+            if changed is few:
                 apart |= {(one, two) for one in few for two in {*clips} - {*few}}
         later = shelf.later()
         assert shelf.names() == later == shelf.later()
@@ -229,7 +229,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(tmp_path, monkeypatc
         """Changes every second clip, and repeats the changes that are refused."""
         client, version = made_shelf.open_client(shelf.page), ""
         for place, clip in enumerate(clips[number::2]):
-            kind = ("name", "ignore", "name", "deny")[place % 4]
+            kind = ("name", "ignore", "name", "apart")[place % 4]
             form = {"do": kind, "of": CLIP + clip, "new": f"{('Left', 'Right')[number]} {place}"}
             answer = SimpleNamespace(status_code=409)
             while answer.status_code == 409:
@@ -241,7 +241,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(tmp_path, monkeypatc
             alone = "you selected all faces" in answer.text  # of an unknown person
             assert answer.status_code == 200 or alone, (form, answer.text)
             if not alone:
-                wanted[clip] = {"name": form["new"], "ignore": None, "deny": ""}[kind]
+                wanted[clip] = {"name": form["new"], "ignore": None, "apart": ""}[kind]
 
     with futures.ThreadPoolExecutor() as pool:
         edits = [pool.submit(edit, number) for number in (0, 1)]
@@ -314,9 +314,9 @@ def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path
     (kept,) = {first.clip, second.clip} & {*shelf.clips(ada)}
     (twin,) = {first.clip, second.clip} - {kept}
     assert shelf.page._decision.twins == {twin: ada}
-    shelf.page.change("deny", keys([kept]))
+    shelf.page.change("apart", keys([kept]))
     assert shelf.names()[twin] == ada
-    text = shelf.page.render({})
+    text = shelf.page.render(Forms())
     assert f"Yes, also {ada}</button>" not in text
     assert f"Another face of the same shot now has the name {ada}" in text
     shelf.page.undo()

@@ -67,10 +67,10 @@ class Archive:
         for film in ("00", "01", "02"):
             eve, both = f"{CLIP}{film}.s001.t00", (f"{film}.s002.t00", f"{film}.s002.t01")
             bob, ada = (CLIP + x for x in sorted(both, key=lambda clip: names[clip] == "Ada"))
-            page.change("deny", [f"{CLIP}{film}.s000.t00"], "")
+            page.change("apart", [f"{CLIP}{film}.s000.t00"])
             for action, face, name in {
                 "00": [("name", eve, "Eve 00"), ("ignore", bob, "")],
-                "01": [("name", bob, "Bob"), ("deny", ada, "")],
+                "01": [("name", bob, "Bob"), ("apart", ada, "")],
                 "02": [("ignore", eve, ""), ("name", ada, "Ada")],
             }[film]:
                 page.change(action, [face], name)

@@ -386,7 +386,7 @@ def test_a_correction_of_a_photo_is_about_its_picture_and_not_about_one_of_its_f
     assert content["people"] == {"Ada": 1, "Bob": 1} and [*drawn.names().values()] == ["Ada"]
     (clip,) = drawn.names()
     page = actions.Review(drawn.out)
-    page.change("deny", [f"clip:\t{clip}"])
+    page.change("apart", [f"clip:\t{clip}"])
     page.save()
     assert drawn.names() == {clip: "unknown 1"} and "Ada" not in Gallery(drawn.out / "gallery")
     for moves in (lambda: None, first.unlink, copies[0].unlink):  # the photo has two places

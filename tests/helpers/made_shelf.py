@@ -7,7 +7,6 @@ import numpy as np
 
 from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
-from vidjax.apps import forget
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import actions, log, media, pipeline, results, review
 from vidjax.apps.video.log import Line
@@ -111,7 +110,7 @@ def open_client(page):
     from starlette import testclient  # needs httpx
 
     headers = {"origin": SITE, "sec-fetch-site": "same-origin"}
-    app = review.make_app(page, TOKEN, forget.list_left)
+    app = review.make_app(page, TOKEN)
     return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
 
 

@@ -215,8 +215,8 @@ def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoRes
     require_packages("the page", "starlette", "uvicorn", extra="serve")
     from vidjax.apps.video import review  # it needs starlette
 
-    chosen = _read_choice(args)
-    return review.serve_review(actions.Review(out, *given, **chosen), forget.list_left)
+    chosen = {**_read_choice(args), "search": forget.list_left}
+    return review.serve_review(actions.Review(out, *given, **chosen))
 
 
 def name_people(args: argparse.Namespace) -> Result:

@@ -6,11 +6,13 @@ A correction becomes lines of the log `said.jsonl`, see `log`.
 import contextlib
 import itertools
 import re
+import shlex
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 
@@ -21,10 +23,10 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import heirs, log, media, results, still, who
 from vidjax.apps.video.decide import Decision, Rule, decide, list_new_lines
 from vidjax.apps.video.log import Line
-from vidjax.apps.video.media import FEATURES, PEOPLE, THUMBNAILS, Face, FileStamp, MediaFile
+from vidjax.apps.video.media import FEATURES, PEOPLE, THUMBNAILS, FileStamp, MediaFile
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.naming import Appearance, pair_seen_together
-from vidjax.apps.video.said import Said, is_photo
+from vidjax.apps.video.said import Said
 from vidjax.apps.video.who import WAIT_SECONDS
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, closest
@@ -32,6 +34,8 @@ from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
+MOST_LEFT = 20  # places that a message about a forgotten person lists
+Search = Callable[[Path, str], Iterable[Path]]  # (folder of results, person) -> files
 
 
 class OutdatedError(UserError):
@@ -46,13 +50,6 @@ class Step(NamedTuple):
     step: str | None  # of the lines of the log; None if the change needed no line
 
 
-class SeenClip(NamedTuple):
-    """The face in a clip, and the name of the film or photo that contains the clip."""
-
-    face: Face
-    video: str  # the name of the file
-
-
 class Subject(NamedTuple):
     """A person or a face on the page, whose name a user changes."""
 
@@ -62,8 +59,8 @@ class Subject(NamedTuple):
     is_person: bool  # False for a face
 
 
-# An appearance, the next appearance of the person, if any, and the number of its film.
-Seen = tuple[Appearance, Appearance | None, int]
+# An appearance, and the next appearance of the same person, if any.
+Seen = tuple[Appearance, Appearance | None]
 
 
 class Review:
@@ -81,16 +78,18 @@ class Review:
         fpir: float | None = None,
         threshold: float | None = None,
         padding: float = results.PADDING_SECONDS,
+        search: Search = lambda out, person: (),
     ):
         """Opens the folder of results `out`.
 
         `decision` are the names that a call of `vidjax who` has just decided. If it is None, the
         names are decided again. This needs only the folder, but no films, photos or nets. `fpir`
         and `threshold` decide when a face gets a name, see `Gallery.identify`. In timelines,
-        `padding` seconds are added before and after each appearance.
+        `padding` seconds are added before and after each appearance. `search` finds the files in a
+        folder of results that still show a forgotten person.
         """
         files.refuse_links(out)
-        self._padding, self._rule = padding, Rule(fpir, threshold)
+        self._padding, self._rule, self._search = padding, Rule(fpir, threshold), search
         self.out, self.lines = out, log.read(out)  # of the log; refuses earlier versions
         self._gallery = Gallery(out / results.GALLERY)
         self._steps: list[Step] = []
@@ -98,7 +97,7 @@ class Review:
         self.waiting = 0  # number of changes that are not yet made
         # A person, the key of a face, or "" for the last step -> version of the last change.
         self._changed: dict[str, int] = {}
-        self._forms = Forms()
+        self._message = self._at = ""  # of the next page, see `Forms`
         with log.lock(out, WAIT_SECONDS):
             self.lines, self._stamps = log.read(out), self._read_stamps()
             faces = results.load_faces(out, self._gallery.state)
@@ -106,7 +105,7 @@ class Review:
                 decision = decide(faces, self.lines, self._rule)
             self._decision = self._write_numbers(decision)
         self._set_names(self._decision)
-        self._offers = heirs.find_heirs(self._decision)
+        self._heirs = heirs.find_heirs(self._decision)
 
     def _write_numbers(self, decision: Decision, lines: Sequence[Line] = ()) -> Decision:
         """Adds `lines` and the new numbers of unknown people to the log; returns the decision."""
@@ -121,10 +120,8 @@ class Review:
         self._decision = decision
         films = decision.films
         self._films = {film.video: film for film in films}
+        self._film_of = {track.clip: film for film in films for track in film.tracks}
         self._tracks = {track.clip: track for film in films for track in film.tracks}
-        self._face_of = {  # of each clip
-            clip: SeenClip(x, film.video) for film in films for clip, x in film.faces.items()
-        }
         # Clip -> appearance on the page, and unknown person -> clips.
         self._shown = {clip: x for x in decision.appearances for clip in x.clips}
         self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
@@ -181,7 +178,7 @@ class Review:
         self.lines, self._stamps = lines, stamps
         self._show(self._write_numbers(decision))
         if last is None:
-            self._offers = heirs.find_heirs(decision)
+            self._heirs = heirs.find_heirs(decision)
 
     def refresh(self) -> None:
         """Decides all names anew if another program has changed names or films.
@@ -197,25 +194,23 @@ class Review:
         card = card_notes.describe(self._decision.state)
         return who.WhoResults(self._decision.count_clips(), self._decision, {}, card=card)
 
-    def film(self, number: int) -> Path | None:
-        """Returns the path of the film at index `number`, or None if it is missing or changed."""
-        films = self._decision.films
-        return _find_source(films[number]) if number < len(films) else None
+    def film(self, video: str) -> Path | None:
+        """Returns the path of a film or photo, or None if it is missing or has changed."""
+        film = self._films.get(video)
+        return film and _find_source(film)
 
-    def list_seen(self, number: int, at_s: float) -> list[Seen]:
-        """Returns the people who appear in film `number` at the time `at_s` in seconds.
+    def list_seen(self, video: str, at_s: float) -> list[Seen]:
+        """Returns the people who appear in the film `video` at the time `at_s` in seconds.
 
-        Each item is an appearance, the next appearance of the same person, and the number of the
-        film with the next appearance. Without a next appearance, the last two are None and 0.
+        Each item is an appearance, and the next appearance of the same person in a film, or None.
         """
-        numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
-        shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
-        of = group_by_key((x.identity, x) for x in shown)
+        shown = (x for x in self._decision.appearances if x.identity)
+        of = group_by_key((x.identity, x) for x in shown if not self._films[x.video].photo)
         return [
-            (x, later, numbers[later.video] if later else 0)
+            (x, later)
             for group in of.values() for x, later in itertools.zip_longest(group, group[1:])
             # The address of an appearance has its start with one digit after the point.
-            if numbers[x.video] == number and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
+            if x.video == video and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
         ]  # fmt: skip
 
     def frame(self, clip: str) -> bytes | None:
@@ -224,9 +219,7 @@ class Review:
         The picture is decoded from the film or photo. If the film or photo is missing or has
         changed, returns None.
         """
-        x, track = self._shown.get(clip), self._tracks.get(clip)
-        # In the meantime, another program may have changed the films.
-        film = self._films.get(x.video) if x else None
+        film, track = self._film_of.get(clip), self._tracks.get(clip)
         if not (film and track and (path := _find_source(film))):
             return None
         return still.read_still(path, track.box_at_s or track.start_s, film.jumps)
@@ -241,24 +234,23 @@ class Review:
         inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
-    def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML. `view` chooses what is shown, see `_read_view`.
+    def render(self, forms: Forms) -> str:
+        """Returns the page of names as HTML. `forms` chooses what is shown.
 
-        `problem` is the state of the forms after a change that was refused. If it is None, and the
-        user has just made a change, the page says what was changed.
+        After a change that was refused, `forms` also has its fields, and a message. Without a
+        message, and if the user has just made a change, the page says what was changed.
         """
-        forms = (problem or self._forms)._replace(
-            version=self.version, film=view.get("film", ""), person=view.get("person", ""),
-            find=view.get("find", ""), first=int(view.get("first", 0)),
-            last=self._steps[-1].words if self._steps else "",
-            offers=[(x.key, x.about) for x in self._offers],
+        if not forms.message:
+            forms = forms._replace(message=self._message, at=self._at)
+        self._message = self._at = ""
+        forms = forms._replace(
+            version=self.version, last=self._steps[-1].words if self._steps else "",
+            offers=[(x.key, x.about) for x in self._list_offers()],
         )  # fmt: skip
-        self._forms = Forms()
-        number_of = {film.video: number for number, film in enumerate(self._decision.films)}
 
         def address(film: MediaFile, seconds: float) -> str:
-            number = number_of[film.video]
-            return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
+            video = quote(film.video, safe="")
+            return f"film?film={video}" if film.photo else f"play?film={video}&t={seconds:.1f}"
 
         note = card_notes.describe(self._decision.state)
         return results.render_page(self.out, self._decision, address, note, forms)
@@ -277,7 +269,7 @@ class Review:
           action: the kind of the change.
             "name": all people and faces get the name `name`.
             "deny": the suggested name `name` is wrong, and is not suggested again.
-            "apart", or "deny" without `name`: the faces of a name become a new unknown person.
+            "apart": the name of the faces is wrong. They become a new unknown person.
             "ignore": people and faces are shown as ignored, without a name.
             "once": all unknown people who appear only once are ignored.
             "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
@@ -313,27 +305,33 @@ class Review:
                     raise UserError("all selected people have names: type the name to give to all")
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
-            is_apart = action == "apart" or (action == "deny" and not name)
             words, lines = self._list_lines(action, found, name)
-            made = self._apply(log.make_step(lines))
-            step = Step(f"{subject} {words}", found[0].key, made)
-            self._steps.append(step)
-            self._changed[""] = self.version
-            about = self._describe_apart(found, before) if is_apart else "."
-            after = found[0].key if action == "deny" and name else after
-            self._forms = Forms(message=f"Saved: {step.words}{about}", at=after)
+            self._save_step(f"{subject} {words}", found[0].key, lines)
+            self._at = found[0].key if action == "deny" else after
+            if action == "apart":
+                self._message = self._message[:-1] + self._describe_apart(found, before)
+
+    def _save_step(self, words: str, at: str, lines: Sequence[Line]) -> None:
+        """Adds a step to the log that the user can undo; the next page then shows a message.
+
+        `words` and `at` are as in `Step`.
+        """
+        self._steps.append(Step(words, at, self._apply(log.make_step(lines))))
+        self._message = f"Saved: {words}."
 
     def _take_over(self, keys: Sequence[str]) -> None:
         """Takes over corrections, see `heirs`. `keys` are keys of offers, see `Heir.key`."""
-        offers = [x for x in self._offers if x.key in keys]
+        offers = [x for x in self._list_offers() if x.key in keys]
         if not offers:
             raise UserError("the film is no longer on the page: reload the page")
         for heir in offers:
-            made = self._apply(heirs.take_over(self._decision, heir))
-            self._steps.append(Step(f"{heir.about}, and has its corrections", "", made))
-        self._offers = [x for x in self._offers if x not in offers]
-        self._changed[""] = self.version
-        self._forms = Forms(message=f"Saved: {self._steps[-1].words}.")
+            lines = heirs.take_over(self._decision, heir)
+            self._save_step(f"{heir.about}, and has its corrections", "", lines)
+
+    def _list_offers(self) -> list[heirs.Heir]:
+        """Returns the films that may take over corrections, and have no corrections yet."""
+        spoken = {*self._decision.said.list_spoken()}
+        return [x for x in self._heirs if spoken.isdisjoint(x.clips.values())]
 
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
@@ -346,11 +344,11 @@ class Review:
             return "ignored", self._ignore(found, once=action == "once")
         if action == "show":
             return "shown again", self._say(found, "show")
-        if action == "deny" and name:
+        if action == "deny":
             if name not in self._decision.people:
                 raise UserError(f"'{name}' is not a person on this page: reload the page")
             return f"not {name}", self._deny(found, name)
-        if action in ("deny", "apart"):
+        if action == "apart":
             names = dict.fromkeys(x.name for x in found)
             return f"not {' or '.join(names)}", self._part(found)
         if action not in ("name", "twin", "join") or not name:
@@ -363,11 +361,12 @@ class Review:
 
     def _ignore(self, found: Sequence[Subject], *, once: bool) -> list[Line]:
         """Returns new log lines: faces are ignored, and photos of people show strangers."""
-        lines = self._say(found, "ignore", once=once)
-        clips = {clip for subject in found for clip in subject.clips if is_photo(clip)}
-        faces = {clip: (x, photo.video) for photo in self._decision.faces.photos
-                 for clip, x in photo.faces.items() if clip in clips}  # fmt: skip
-        return lines + [log.about(x, "is", video=video) for x, video in faces.values()]
+        clips = {clip for x in found for clip in x.clips}
+        return self._say(found, "ignore", once=once) + [
+            log.about(face, "is", video=photo.video)
+            for photo in self._decision.faces.photos
+            for clip, face in photo.faces.items() if clip in clips
+        ]  # fmt: skip
 
     def _give_name(self, found: Sequence[Subject], name: str) -> list[Line]:
         """Returns new log lines, which say that people and faces have the name `name`.
@@ -397,8 +396,11 @@ class Review:
 
         `says` is the kind of the line, such as "is". `values` are the other fields of the line.
         """
-        faces = (self._face_of.get(clip) for x in found for clip in x.clips)
-        return [log.about(x.face, says, video=x.video, **values) for x in faces if x]
+        return [
+            log.about(film.faces[clip], says, video=film.video, **values)
+            for x in found for clip in x.clips
+            if (film := self._film_of.get(clip)) and clip in film.faces
+        ]  # fmt: skip
 
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
@@ -421,29 +423,22 @@ class Review:
         together = {clip for pair in pair_seen_together(films) if {*pair} & clips for clip in pair}
         return [self._find(CLIP + clip) for clip in sorted(together) if self._name(clip) == name]
 
-    def similar(self, name: str, of: Sequence[str]) -> str | None:
-        """Returns an enrolled person whose name is almost `name`, as after a typing error, or None.
+    def find_question(self, name: str, of: Sequence[str]) -> tuple[str, str]:
+        """Returns what a user must confirm before `of` get the name `name`, or "".
 
-        People in `of` are left out. If a person is enrolled with exactly this name, returns None.
+        The second text is a person with a similar name whom the user may mean, or "".
         """
-        people = self._decision.state.people.keys() - {*of}
-        if is_unknown(name) or normal_form(name) in people:
-            return None
-        letters = {_fold_letters(person): person for person in people}
-        best = closest(_fold_letters(name), letters, 0.8)
-        digits = [re.sub(r"\D", "", word) for word in (name, best or "")]
-        return letters[best] if best and digits[0] == digits[1] else None
-
-    def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` whom the new name `name` joins with an enrolled person."""
-        people, name = self._decision.state.people, normal_form(name)
-        return [x for x in of if x in people and x != name] if name in people else []
-
-    def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether `of` contains a face without a name that is too small or blurred."""
-        unknown = self._decision.unknown
-        names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
-        return any(name.startswith(FACE) for name in names)
+        people, unknown = self._decision.state.people, self._decision.unknown
+        if not name or is_unknown(name):
+            return "", ""
+        if normal_form(name) not in people:
+            if similar := _find_similar(name, people.keys() - {*of}):
+                return f"the similar name {similar} is taken: do you mean {similar}?", similar
+        elif joined := next((x for x in of if x in people and x != normal_form(name)), None):
+            return f"the name {name} is taken. Is {joined} the same person?", ""
+        if any(unknown.get(key.removeprefix(CLIP), key).startswith(FACE) for key in of):
+            return "the face is unclear, and may be somebody else. Are you sure?", ""
+        return "", ""
 
     def undo(self, version: int | None = None) -> str:
         """Undoes the last change; returns the person, or the key of the face, that it changed.
@@ -458,25 +453,24 @@ class Review:
             lines = [Line(says="undo", of=step.step)] if step.step else []
             self._apply(log.make_step(lines))
             self._steps.pop()
-            self._changed[""] = self.version
-            self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
+            self._message, self._at = f"Undone: {step.words}.", step.at
             return step.at
 
-    def forget(self, person: str, version: int | None = None) -> list[str]:
+    def forget(self, person: str, version: int | None = None) -> None:
         """Deletes all data of a person, see the function `forget`. This cannot be undone.
 
-        Returns the paths of photos of the person. `version` is the version of the page on which the
-        user has chosen the person.
+        The next page lists photos and files that still show the person. `version` is the version of
+        the page on which the user has chosen the person.
         """
         with self._lock(version, [person]):
             if person not in self._decision.people:
                 raise UserError(f"'{person}' is no longer on the page: reload the page")
             left = self._forget([person])
-        return [*left]
-
-    def say(self, message: str) -> None:
-        """Makes the next page show a message."""
-        self._forms = Forms(message=message)
+        left |= dict.fromkeys(map(str, self._search(self.out, person)))
+        lines = [f"Saved: {person} is forgotten in this folder."]
+        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
+        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
+        self._message = "\n".join([*lines, f"To search other folders: {command}"])
 
     def _forget(self, names: Collection[str]) -> dict[str, None]:
         """Forgets people; returns the paths of their photos. The caller must hold the lock.
@@ -505,7 +499,6 @@ class Review:
         log.replace(self.out, lines)
         self._steps, self.lines = [], log.read(self.out)
         self._show(self._write_numbers(decision))
-        self._changed[""] = self.version
         self._save()
         return photos
 
@@ -668,6 +661,7 @@ class Review:
             lines = numbered
             decision = decide(shown.faces, [*before, *lines], self._rule, shown)
         self._show(self._write_numbers(decision, lines))
+        self._changed[""] = self.version
         return next((x.step for x in lines), None)
 
 
@@ -679,7 +673,6 @@ def forget(out: Path, names: Collection[str]) -> None:
     """
     review = Review(out)
     with review._lock():
-        review.version += 1  # the tables are written, even if the log does not know the names
         review._forget(names)
 
 
@@ -719,9 +712,16 @@ def _number_again(lines: Sequence[Line], decision: Decision) -> list[Line]:
     ]  # fmt: skip
 
 
-def _fold_letters(name: str) -> str:
-    """Returns the letters and digits of a name in lower case, without accents."""
-    return "".join(filter(str.isalnum, strip_accents(name)))
+def _find_similar(name: str, people: Iterable[str]) -> str:
+    """Returns a person whose name is almost `name`, as after a typing error, or ""."""
+
+    def fold_letters(name: str) -> str:
+        return "".join(filter(str.isalnum, strip_accents(name)))
+
+    letters = {fold_letters(person): person for person in people}
+    best = closest(fold_letters(name), letters, 0.8) or ""
+    digits = [re.sub(r"\D", "", word) for word in (name, best)]
+    return letters[best] if best and digits[0] == digits[1] else ""
 
 
 def _find_source(film: MediaFile) -> Path | None:

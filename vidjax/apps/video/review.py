@@ -10,10 +10,9 @@ import asyncio
 import hmac
 import re
 import secrets
-import shlex
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 
@@ -32,14 +31,11 @@ from vidjax.apps.video.names_page import Forms
 from vidjax.utils import messages
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
 from vidjax.utils.messages import format_time
-from vidjax.utils.names import is_unknown
 
-Search = Callable[[Path, str], Iterable[Path]]  # (folder of results, person) -> files
 HOST = "127.0.0.1"
 MOST_DECODED = 2  # pictures that are decoded at the same time
 FORM_BYTES = 200_000
 SNIFF_BYTES = 64
-MOST_LEFT = 20  # places that a message about a forgotten person lists
 # The first bytes of films and photos -> the type as which a file is sent. A browser does not run
 # scripts in a file of these types. Other files are sent as bytes without a type.
 TYPES = {
@@ -62,8 +58,8 @@ SANDBOX = {"Content-Security-Policy": "sandbox", **HEADERS}  # of films and pict
 class _Pages:
     """Answers the requests of a browser. All paths begin with `/TOKEN/`. TOKEN is a secret."""
 
-    def __init__(self, review: Review, token: str, search: Search):
-        self._review, self._token, self._search = review, token, search
+    def __init__(self, review: Review, token: str):
+        self._review, self._token = review, token
         self._lock = threading.Lock()
         self._decoding = asyncio.Semaphore(MOST_DECODED)
 
@@ -90,26 +86,27 @@ class _Pages:
 
     def _find_film(self, request: Request) -> Path:
         self._check(request)
-        number = request.path_params["number"]
-        if re.fullmatch("[0-9]{1,9}", number) and (path := self._review.film(int(number))):
+        if path := self._review.film(request.query_params.get("film", "")):
             return path
         about = "The film is missing or has changed. Put it back, or repeat the command vidjax who."
         raise HTTPException(HTTPStatus.NOT_FOUND, about)
 
     def play(self, request: Request) -> Response:
-        """Answers with a page that plays a film from the time `t` in the query, in seconds."""
+        """Answers with a page that plays the film `film` from the time `t`, in seconds.
+
+        Both are in the query.
+        """
         path, query = self._find_film(request), request.query_params
         seconds = float(query["t"]) if re.fullmatch(r"\d{1,9}(\.\d)?", query.get("t", "")) else 0.0
-        number = request.path_params["number"]
         about = (
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
             f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
         with self._lock:
-            people = self._review.list_seen(int(number), seconds)
+            people = self._review.list_seen(query["film"], seconds)
         names = ", ".join(str(x.identity) for x, *_ in people)
         title = f"{names} in {path.name}" if names else path.name
-        film = f"../film/{number}#t={seconds:.1f}"
+        film = f"film?{urllib.parse.urlencode({'film': query['film']})}#t={seconds:.1f}"
         return _make_note(title, about, film=film, people=people)
 
     def send_film(self, request: Request) -> Response:
@@ -151,15 +148,6 @@ class _Pages:
         finally:
             self._review.waiting -= 1
 
-    def _forget(self, person: str, version: int) -> None:
-        """Forgets a person. The next page lists photos and files that still show the person."""
-        left = dict.fromkeys(self._review.forget(person, version))
-        left |= dict.fromkeys(map(str, self._search(self._review.out, person)))
-        lines = [f"Saved: {person} is forgotten in this folder."]
-        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
-        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
-        self._review.say("\n".join([*lines, f"To search other folders: {command}"]))
-
     def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
         """Applies the change in a form with the fields (name, value).
 
@@ -172,10 +160,9 @@ class _Pages:
         if "not" in form:  # the button of a suggested name
             typed, action = form["not"], "deny"
         name, after = " ".join(typed.split()), form.get("next", "")
-        name = "" if action == "deny" and "not" not in form else name
         view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
-        problem = Forms(at="".join(of[:1]), next=after, of=of, typed=typed)
-        status, asks = HTTPStatus.UNPROCESSABLE_ENTITY, action == "name" and "person" in form
+        problem = view._replace(at="".join(of[:1]), next=after, of=of, typed=typed)
+        question, status = "", HTTPStatus.UNPROCESSABLE_ENTITY
         later = BackgroundTask(review.save_later)  # an earlier change may have left it to this one
         with self._lock:
             try:
@@ -183,53 +170,40 @@ class _Pages:
                 version = int(version) if re.fullmatch("[0-9]{1,9}", version) else -1
                 if back:
                     changed = review.undo(version)
-                    if "person" in view and not review.has_person(view["person"]):
-                        view["person"] = changed  # the person was renamed
+                    if view.person and not review.has_person(view.person):
+                        view = view._replace(person=changed)  # the person was renamed
                 elif action == "forget":
-                    self._forget("".join(of[:1]), version)
-                    view = {}
-                elif asks and (other := review.similar(name, of)):
-                    problem = problem._replace(asked=True, similar=other)
-                    raise UserError(f"the similar name {other} is taken: do you mean {other}?")
-                elif asks and (merged := review.list_merged(name, of)):
-                    problem = problem._replace(asked=True)
-                    raise UserError(f"the name {name} is taken. Is {merged[0]} the same person?")
-                elif asks and name and not is_unknown(name) and review.is_unclear(of):
-                    problem = problem._replace(asked=True)
-                    raise UserError("the face is unclear, and may be somebody else. Are you sure?")
+                    review.forget("".join(of[:1]), version)
+                    view = Forms()
                 else:
+                    if action == "name" and "person" in form:
+                        question, similar = review.find_question(name, of)
+                        problem = problem._replace(asked=bool(question), similar=similar)
+                    if question:
+                        raise UserError(question)
                     review.change(action, of, name, after, version)
-                    if action == "name" and [view.get("person")] == of:
-                        view["person"] = name
+                    if action == "name" and [view.person] == of:
+                        view = view._replace(person=name)
             except (Expected, OSError) as error:
                 if isinstance(error, OutdatedError):
                     status = HTTPStatus.CONFLICT
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
-                page = review.render(view, problem._replace(message=about))
+                page = review.render(problem._replace(message=about))
                 return HTMLResponse(page, status, HEADERS, background=later)
-        place = f"./?{urllib.parse.urlencode(view)}" if view else "./"
-        headers = {"Location": place, **HEADERS}
+        headers = {"Location": f"./?{view.url_query}", **HEADERS}
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
 
-def _read_view(query: Mapping[str, str]) -> dict[str, str]:
-    """Returns the parameters of a URL that choose what the page shows. Others are left out.
-
-    `film` and `person` choose a film or a person. `find` are words to search. `first` is the number
-    of the first face or person that is shown.
-    """
-    view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
-    if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
-        view["first"] = query["first"]
-    return view
+def _read_view(query: Mapping[str, str]) -> Forms:
+    """Returns what the page shows. The parameters of a URL choose it, see `Forms.url_query`."""
+    names, first = ("film", "person", "find"), query.get("first", "")
+    number = int(first) if re.fullmatch("[0-9]{1,9}", first) else 0
+    return Forms(**{name: query.get(name, "") for name in names}, first=number)
 
 
-def make_app(review: Review, token: str, search: Search = lambda out, person: ()) -> Starlette:
-    """Returns the web application with the page, at `/TOKEN/`, on which a user corrects names.
-
-    `search` finds the files in a folder of results that still show a forgotten person.
-    """
-    pages = _Pages(review, token, search)
+def make_app(review: Review, token: str) -> Starlette:
+    """Returns the web application with the page, at `/TOKEN/`, on which a user corrects names."""
+    pages = _Pages(review, token)
 
     def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -241,8 +215,8 @@ def make_app(review: Review, token: str, search: Search = lambda out, person: ()
         routes=[
             Route("/favicon.ico", lambda _: Response(status_code=HTTPStatus.NO_CONTENT)),
             Route("/{token}/", pages.show),
-            Route("/{token}/play/{number}", pages.play),
-            Route("/{token}/film/{number}", pages.send_film),
+            Route("/{token}/play", pages.play),
+            Route("/{token}/film", pages.send_film),
             Route("/{token}/frame/{clip}", pages.send_frame),
             Route("/{token}/change", pages.change, methods=["POST"]),
             Route("/{token}/undo", pages.change, methods=["POST"]),
@@ -274,17 +248,14 @@ async def _read_form(request: Request) -> list[tuple[str, str]]:
     return urllib.parse.parse_qsl(body.decode(errors="replace"))
 
 
-def serve_review(review: Review, search: Search) -> who.WhoResults:
-    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
-
-    For `search`, see `make_app`.
-    """
+def serve_review(review: Review) -> who.WhoResults:
+    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results."""
     token = secrets.token_urlsafe(16)
     with web.listen(HOST, 0) as listener:
         messages.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
-            web.serve(make_app(review, token, search), listener)
+            web.serve(make_app(review, token), listener)
         finally:
             try:
                 review.save()
