@@ -77,24 +77,6 @@ def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
     return listener
 
 
-def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of the web server uvicorn for an application."""
-    return uvicorn.Config(
-        app,
-        interface="asgi3",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        headers=[("x-content-type-options", "nosniff")],
-        backlog=min(2 * limits.connections, 1024),
-        timeout_keep_alive=limits.idle_seconds,
-        timeout_graceful_shutdown=limits.drain_seconds,
-    )
-
-
 class Server(uvicorn.Server):
     """A uvicorn server that ends after a signal, even if a thread hangs.
 
@@ -106,7 +88,16 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):
-        super().__init__(make_config(self._answer, limits))
+        super().__init__(
+            uvicorn.Config(
+                self._answer, interface="asgi3", ws="none", lifespan="on", log_config=None,
+                access_log=False, server_header=False, proxy_headers=False,
+                headers=[("x-content-type-options", "nosniff")],
+                backlog=min(2 * limits.connections, 1024),
+                timeout_keep_alive=limits.idle_seconds,
+                timeout_graceful_shutdown=limits.drain_seconds,
+            )
+        )  # fmt: skip
         self._app, self._most = app, limits.connections
         self._leaving, self._unready_seconds = leaving, limits.unready_seconds
         self._end = _make_timer(limits.drain_seconds + limits.end_seconds, self._give_up)

@@ -27,6 +27,7 @@ from vidjax.apps.video.media import FEATURES, PEOPLE, THUMBNAILS, FileStamp, Med
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.naming import Appearance, pair_seen_together
 from vidjax.apps.video.said import Said
+from vidjax.apps.video.subtitles import format_span
 from vidjax.apps.video.who import WAIT_SECONDS
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, closest
@@ -103,8 +104,7 @@ class Review:
             faces = results.load_faces(out, self._gallery.state)
             if decision is None or faces.films != decision.films:
                 decision = decide(faces, self.lines, self._rule)
-            self._decision = self._write_numbers(decision)
-        self._set_names(self._decision)
+            self._set_names(self._write_numbers(decision))
         self._heirs = heirs.find_heirs(self._decision)
 
     def _write_numbers(self, decision: Decision, lines: Sequence[Line] = ()) -> Decision:
@@ -309,7 +309,8 @@ class Review:
             self._save_step(f"{subject} {words}", found[0].key, lines)
             self._at = found[0].key if action == "deny" else after
             if action == "apart":
-                self._message = self._message[:-1] + self._describe_apart(found, before)
+                about = self._describe_apart(found, before)
+                self._message = f"{self._message.removesuffix('.')}{about}"
 
     def _save_step(self, words: str, at: str, lines: Sequence[Line]) -> None:
         """Adds a step to the log that the user can undo; the next page then shows a message.
@@ -354,8 +355,7 @@ class Review:
         if action not in ("name", "twin", "join") or not name:
             raise UserError("the name is empty: type a name")
         if is_unknown(name):
-            group = self._find_group(name)
-            return group, self._join(found, parse_group_number(group))
+            return name.casefold(), self._join(found, name.casefold())
         name = check_person(name)
         return name, self._give_name(found, name)
 
@@ -373,21 +373,19 @@ class Review:
 
         Raises UserError if `found` contains neither a known person nor a clear face.
         """
-        people, said, clear = (
-            self._decision.people,
-            self._decision.said,
-            self._decision.faces.usable,
-        )
-        renamed = [x.name for x in found if x.is_person and x.name in people]
-        faces = [x for x in found if x.name not in renamed or not x.is_person]
-        faces = [x._replace(clips=[clip for clip in x.clips if clip in clear]) for x in faces]
+        said, clear = self._decision.said, self._decision.faces.usable
+        known = [x for x in found if x.is_person and x.name in self._decision.people]
+        faces = [
+            x._replace(clips=[clip for clip in x.clips if clip in clear])
+            for x in found if x not in known
+        ]  # fmt: skip
         owners = said.find_people(name)
-        others = [person for x in renamed if x != name for person in said.find_people(x)]
+        others = [key for x in known if x.name != name for key in said.find_people(x.name)]
         person = next(iter([*owners, *others]), None) or log.make_key()
         lines = [Line(says="person", person=person, name=name)] * (not owners)
         lines += [Line(says="merge", person=x, other=person) for x in others if x != person]
         told = self._say(faces, "is", person=person)
-        if not told and not renamed:
+        if not told and not known:
             raise UserError("no selected face is clear enough to get a name: select another face")
         return lines + told
 
@@ -509,23 +507,17 @@ class Review:
     def save_later(self) -> None:
         """Writes the results after a second. If a change comes or waits, a later call does it."""
         version = self.version
-        while self._saved < version:
-            time.sleep(IDLE_SECONDS)
-            if version < self.version or self.waiting:
-                return
-            try:
-                self.save(wait=0.0)
-            except InUseError:  # another program changes names: try again
-                continue
-            except (Expected, OSError):  # the server saves again when it ends
-                return
+        time.sleep(IDLE_SECONDS)
+        if version == self.version and not self.waiting:
+            with contextlib.suppress(Expected, OSError):  # the server saves again when it ends
+                self.save()
 
-    def save(self, wait: float = WAIT_SECONDS) -> None:
+    def save(self) -> None:
         """Writes the results if names have changed since the results were last written.
 
-        Raises InUseError if another program changes names for `wait` seconds.
+        Raises InUseError if another program changes names for WAIT_SECONDS.
         """
-        with self._lock(wait=wait):
+        with self._lock():
             self._save()
 
     def _save(self) -> None:
@@ -552,25 +544,14 @@ class Review:
         The person `name` is left out, unless `found` contains nobody else.
         """
         words = [x.name for x in found if x.is_person]
-        clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
-        for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
-            film = self._films[x.video]
-            tracks = [self._tracks[clip] for clip in x.clips if clip in clips]
+        faces = (x.clips[0] for x in found if not x.is_person)
+        for x, clips in group_by_key((self._shown[clip], clip) for clip in faces).items():
+            tracks = [self._tracks[clip] for clip in clips]
             start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
-            time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
-            words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
+            place = f"{x.video}, {format_span(start, end)},"
+            words.append(f"a face in {x.video}" if self._films[x.video].photo else place)
         words = [x for x in words if x != name] or [name]  # not `Ada is Ada`, if possible
         return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
-
-    def _find_group(self, name: str) -> str:
-        """Returns `name`, the name of an unknown person such as `Unknown 3`, in lower case.
-
-        Raises UserError if the page shows no unknown person with this name.
-        """
-        group = name.casefold()
-        if group not in self._decision.unknown.values():
-            raise UserError(f"this page has no unknown person '{name}': type another name")
-        return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
         """Returns lines for the log, which say that the faces `found` have a wrong name.
@@ -604,14 +585,18 @@ class Review:
             for line in self._say([x], "not", person=person)
         ]  # fmt: skip
 
-    def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
+    def _join(self, found: Sequence[Subject], name: str) -> list[Line]:
         """Returns new lines for the log that join people and faces into one unknown person.
 
-        `found` are the unknown people and the faces to join, and `group` is the number of another
-        unknown person to join. The joint person gets the lowest number.
+        `found` are the unknown people and the faces to join, and `name` is the name of another
+        unknown person to join. The joint person gets the lowest number. Raises UserError if the
+        page shows no unknown person with one of these names.
         """
-        numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
-        people = [*map(self._decision.said.find_unknown, sorted(numbers | {group}))]
+        names = {name, *(x.name for x in found if x.is_person)}
+        for other in names.difference(self._decision.unknown.values()):
+            raise UserError(f"this page has no unknown person '{other}': type another name")
+        numbers = sorted(map(parse_group_number, names))
+        people = [*map(self._decision.said.find_unknown, numbers)]
         lines = [Line(says="merge", person=x, other=people[0]) for x in people]
         faces = [x for x in found if not x.is_person]
         lines += self._deny(faces)
@@ -630,23 +615,18 @@ class Review:
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
         """Returns the end of the message `a face in a.jpg is not Ada`, such as `, but unknown 7.`.
 
-        If another face of the same shot is now named Ada instead of a face in `found`, a second
-        sentence says so. `before` is clip -> appearance before the change.
+        If another face at the same time is now named Ada, a second sentence says so. `before` is
+        clip -> appearance before the change.
         """
         about = f", but {self._name(found[0].clips[0])}."
-        shot_of = {
-            x.clip: (film.video, x.shot) for film in self._films.values() for x in film.tracks
-        }
-        for name in {x.name for x in found} & self._decision.people.keys():
-            shots = {shot_of[clip] for x in found if x.name == name for clip in x.clips}
-            rivals = (
-                x for clip, x in self._shown.items()
-                if x.identity == name and shot_of[clip] in shots
-                and (clip not in before or before[clip].identity != name)
-            )  # fmt: skip
-            for x in [*rivals][:1]:
-                place = f"{x.video}, {format_appearance_time(x, self._films[x.video])}"
-                about += f" Another face of the same shot now has the name {name}: {place}."
+        for name, faces in group_by_key((x.name, x) for x in found).items():
+            rivals = self._list_rivals(faces, name) if name in self._decision.people else []
+            for x in (self._shown[y.clips[0]] for y in rivals):
+                if before[x.clips[0]].identity != name:
+                    place = f"{x.video}, {format_appearance_time(x, self._films[x.video])}"
+                    return (
+                        f"{about} Another face of the same shot now has the name {name}: {place}."
+                    )
         return about
 
     def _apply(self, lines: Sequence[Line]) -> str | None:

@@ -14,6 +14,7 @@ from vidjax.apps.video.faces import match_paths
 from vidjax.apps.video.log import Line, make_step
 from vidjax.apps.video.media import FaceTrack, MediaFile
 from vidjax.apps.video.tracks import measure_overlaps
+from vidjax.utils.groups import group_by_key
 
 MOST_SECONDS = 0.5  # from the first picture of a face to the first picture in the other film
 LEAST_OVERLAP = 0.5  # intersection over union of the boxes of a face in these pictures
@@ -47,11 +48,10 @@ def find_heirs(decision: Decision) -> list[Heir]:
     """
     spoken = decision.said.list_spoken()
     films = [film for film in decision.films if film.tracks and not film.photo]
-    old = [film for film in films if any(x.clip in spoken for x in film.tracks)]
-    rest = [film for film in films if not any(x.clip in spoken for x in film.tracks)]
-    new = [film for film in rest if film.source.is_valid]
+    by_kind = group_by_key((any(x.clip in spoken for x in film.tracks), film) for film in films)
+    new = [film for film in by_kind.get(False, ()) if film.source.is_valid]
     found = list[Heir]()
-    for film in old:
+    for film in by_kind.get(True, ()):
         is_gone, folder = not film.source.is_valid, film.source.path.parent
         others = (x for x in new if is_gone or x.source.path.parent == folder)
         for other in (x for x in others if _has_equal_times(film, x)):
@@ -72,23 +72,19 @@ def _has_equal_times(film: MediaFile, other: MediaFile) -> bool:
 
 def _match_faces(decision: Decision, film: MediaFile, other: MediaFile) -> dict[str, str]:
     """Returns clip of `film` -> clip of `other` that shows the face at the same time and place."""
+    usable, backend = decision.faces.usable, decision.state.index.backend
+    tracks = {x.clip: x for of in (film, other) for x in of.tracks if x.clip in usable}
     clip_of = {face: clip for clip, face in film.faces.items()}
     found = match_paths([*clip_of], other.tracks, other.orientation)
-    pairs = {clip_of[face]: clips[0] for face, clips in found.items()}
-    tracks = {x.clip: x for of in (film, other) for x in of.tracks}
+    matches = ((clip_of[face], clips[0]) for face, clips in found.items())
+    pairs = {x: y for x, y in matches if x in tracks and y in tracks}
     pairs = {x: y for x, y in pairs.items() if _is_equal(tracks[x], tracks[y])}
-    usable, backend = decision.faces.usable, decision.state.index.backend
-    pairs = {x: y for x, y in pairs.items() if x in usable and y in usable}
     if not pairs:
         return {}
-    first, second = (
-        np.concatenate(backend.units(backend.split(np.stack([usable[x].vector for x in clips]))), 1)
-        for clips in (pairs.keys(), pairs.values())
-    )
-    products = (first * second).sum(axis=1)
-    cosines = products / np.maximum(
-        np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1), 1e-12
-    )
+    vectors = np.stack([usable[x].vector for pair in pairs.items() for x in pair])
+    units = np.concatenate(backend.units(backend.split(vectors)), 1)
+    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+    cosines = (units[::2] * units[1::2]).sum(axis=1)
     return {x: pairs[x] for x, cosine in zip(pairs, cosines, strict=True) if cosine >= LEAST_COSINE}
 
 
