@@ -70,8 +70,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     The exit code is 1 if a file cannot be read.
     """
     began, out = time.monotonic(), args.out
-    given = {"fps": args.fps, "size": args.size, "unit": args.unit}
-    settings = media.choose_settings(out, **given)
+    settings = media.choose_settings(out, fps=args.fps, size=args.size, unit=args.unit)
     outcomes = pipeline.extract_files(
         args.files, out, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
@@ -98,22 +97,18 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.flag("--out DIR", "the folder for the results", required=True)
-    about = "the folder of nets that vidjax convert made. A net is a program that has learned from "
-    about += "examples to find or to compare faces or voices"
+    about = "the folder of nets that vidjax convert made. A net finds or compares faces or voices"
     parser.flag("--models DIR", about, required=True)
-    about = "searches N pictures of each second of film. Fewer are faster, and miss more people "
-    about += "(default: as in the last call, 5 in the first call)"
+    faster = "is faster, and misses more people (default: as in the last call, at first"
+    about = f"searches N pictures of each second of film. A smaller N {faster} 5)"
     parser.flag("--fps N", about, type=_parse_rate)
-    about = "shrinks pictures to N pixels on the longer side. Smaller is faster, and misses more "
-    about += "people (default: as in the last call, 640 in the first call)"
+    about = f"shrinks pictures to N pixels on the longer side. A smaller N {faster} 640)"
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.flag("--check", about, of=parser.programs)
-    about = (
-        "deletes the results of files that were deleted or replaced. If the whole folder of a file "
-        "is missing or empty, the results are kept, because a drive may not be connected"
-    )
+    about = "deletes the results of files that were deleted or replaced. If the whole folder of a "
+    about += "file is missing or empty, the results are kept: its drive may not be connected"
     parser.flag("--prune", about)
 
 
@@ -154,11 +149,8 @@ def add_who_flags(parser: Parser) -> None:
     about = "at the end, prints the address of a page on which you can name people. Open it in a "
     parser.flag("--review", f"{about}browser on this machine")
     add_shared_flags(parser)
-    about = (
-        "forgets missing photos, even if whole folders are missing. A person who loses all photos "
-        "is forgotten, with the names that you typed. With --prune, it also deletes the results of "
-        "films whose whole folder is missing or empty"
-    )
+    about = "forgets missing photos, also of missing folders. A person who loses all photos is "
+    about += "forgotten, with the names that you typed. With --prune: also films of such folders"
     parser.flag("--forget-missing", about)
     about = "takes corrections of a film over to a film that shows the same faces at the same "
     about += "times, for example after the film was encoded again"
@@ -188,14 +180,14 @@ def add_review_flags(parser: Parser) -> None:
 
 def review_names(args: argparse.Namespace) -> Result:
     """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
-    out, chosen = args.out, _read_choice(args)
+    out = args.out
     log.check_version(out)
     if not log.has_log(out):
         about = "name the folder that you gave as --out, or call vidjax who first"
         raise UserError(f"'{out}' has no results: {about}")
     if not args.name:
         return describe_names(_review(out, args), out)
-    page = actions.Review(out, **chosen)
+    page = actions.Review(out, **_read_choice(args))
     for count, text in enumerate(args.name):
         try:
             page.change("name", *actions.parse_name(page, text))
@@ -215,8 +207,8 @@ def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoRes
     require_packages("the page", "starlette", "uvicorn", extra="serve")
     from vidjax.apps.video import review  # it needs starlette
 
-    chosen = {**_read_choice(args), "search": forget.list_left}
-    return review.serve_review(actions.Review(out, *given, **chosen))
+    page = actions.Review(out, *given, search=forget.list_left, **_read_choice(args))
+    return review.serve_review(page)
 
 
 def name_people(args: argparse.Namespace) -> Result:
@@ -229,12 +221,11 @@ def name_people(args: argparse.Namespace) -> Result:
     out = args.out
     log.check_version(out)
     settings = media.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
-    chosen = _read_choice(args)
     done = who.name_people(
         args.files, args.people, out, args.models, settings,
         workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
         forget_missing=args.forget_missing, take_over=args.take_over,
-        done=print_outcome, tell=print_note, **chosen,
+        done=print_outcome, tell=print_note, **_read_choice(args),
     )  # fmt: skip
     if args.review:
         reviewed = _review(out, args, done.decision)
@@ -281,22 +272,15 @@ def add_convert_flags(parser: Parser) -> None:
     )
     kinds = [*net_packages.MAKERS, *net_families.KINDS]
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
-    about = (
-        "the downloaded package, or the file of the net in it. insightface: also the folder of the "
-        "package. opencv: one or two nets. own: a file with weights must be in the same folder"
-    )
+    about = "the downloaded package, or the file of the net in it. insightface: also its folder. "
+    about += "opencv: one or two nets. own: a file with weights must be in the same folder"
     parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
     about = "the folder for the net; only files that vidjax wrote are replaced in it"
     parser.flag("--out MODELS", about, required=True)
-    about = (
-        "with own: the published nets whose input and output the net has. arcface and sface "
-        "compute vectors, yunet and scrfd find faces"
-    )
+    about = "with own: the published nets whose input and output the net has. arcface and sface "
+    about += "compute vectors, yunet and scrfd find faces"
     parser.add_argument("--like", choices=net_families.FAMILIES, help=about)
-    about = (
-        "with own: the side in pixels of the input of a net that computes vectors (default: as in "
-        "the file, or 112)"
-    )
+    about = "with own: the input's side in pixels, for vectors (default: as in the file, or 112)"
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     about = "with own: the order of the colours that the net expects (default: as --like)"
     parser.add_argument("--colour", choices=("rgb", "bgr"), help=about)
@@ -350,18 +334,12 @@ def add_measure_card_flags(parser: Parser) -> None:
     parser.flag("--photos DIR", f"photos {PHOTOS_TO_MEASURE}", of=source)
     about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
     parser.flag("--input DIR", about, of=source)
-    about = (
-        "a gallery of these nets, which then uses the numbers of the cards. Without --photos and "
-        "--input, nothing is measured"
-    )
+    about = "a gallery of these nets, which then uses the numbers of the cards. Without --photos "
+    about += "and --input, nothing is measured"
     parser.flag("--gallery G", about)
     _add_workers(parser)
-    parser.command(
-        measure_card,
-        "models --photos=portraits",
-        "models --input=features",
-        "models --gallery=people",
-    )
+    examples = ("models --photos=portraits", "models --input=features", "models --gallery=people")
+    parser.command(measure_card, *examples)
 
 
 def measure_card(args: argparse.Namespace) -> Result:

@@ -39,10 +39,6 @@ MOST_LEFT = 20  # places that a message about a forgotten person lists
 Search = Callable[[Path, str], Iterable[Path]]  # (folder of results, person) -> files
 
 
-class OutdatedError(UserError):
-    """A user made a change on a page whose names are out of date."""
-
-
 class Step(NamedTuple):
     """A change of names that a user can undo."""
 
@@ -141,7 +137,7 @@ class Review:
         """Locks the names for a `with` block. First reads the changes of other programs.
 
         `version` is the version of the page on which the user has made a change. Raises
-        OutdatedError if one of the people or faces `keys` has changed since this version. If
+        UserError if one of the people or faces `keys` has changed since this version. If
         `version` is None, this is not checked. Raises InUseError if another program holds the lock
         for `wait` seconds.
         """
@@ -149,7 +145,7 @@ class Review:
             self._read_changes()
             latest = max((self._changed.get(key, 0) for key in keys), default=self.version)
             if version is not None and not latest <= version <= self.version:
-                raise OutdatedError("the page was out of date: repeat the change on this new page")
+                raise UserError("the page was out of date: repeat the change on this new page")
             yield
 
     def _read_stamps(self) -> list[FileStamp | None]:
@@ -282,8 +278,8 @@ class Review:
           version: the version of the page on which the user has made the change.
 
         Raises:
-          OutdatedError: one of the people or faces has changed since this version.
-          UserError: one of `of` is not on the page, or the name is not allowed.
+          UserError: one of `of` is not on the page, or has changed since this version, or the name
+            is not allowed.
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
@@ -441,8 +437,8 @@ class Review:
     def undo(self, version: int | None = None) -> str:
         """Undoes the last change; returns the person, or the key of the face, that it changed.
 
-        `version` is the version of the page. Raises OutdatedError if the last change was made after
-        this version. Raises UserError if there is no change to undo.
+        `version` is the version of the page. Raises UserError if the last change was made after
+        this version, or if there is no change to undo.
         """
         with self._lock(version, [""]):
             if not self._steps:
@@ -558,14 +554,13 @@ class Review:
 
         All faces with the same wrong name become one new unknown person.
         """
-        lines, number, said = list[Line](), self._decision.highest, self._decision.said
+        lines, number = list[Line](), self._decision.highest
         for name, subjects in group_by_key((x.name, x) for x in found).items():
             clips = {clip for x in subjects for clip in x.clips}
             rest = {*self._clips_of.get(name, ())} - clips
             if any(x.is_person for x in subjects) or (name in self._clips_of and not rest):
                 raise UserError(f"you selected all faces of '{name}': select only the wrong faces")
-            own = self._find_number(clips)
-            person = said.find_unknown(own) if own else None
+            person = self._find_whole(clips)
             if not person:
                 number, person = number + 1, log.make_key()
                 lines.append(Line(says="person", person=person, number=number))
@@ -602,12 +597,12 @@ class Review:
         lines += self._deny(faces)
         return lines + self._say(faces, "same", person=people[0])
 
-    def _find_number(self, clips: Collection[str]) -> int | None:
-        """Returns the number of the unknown person who has exactly these clips, or None."""
-        numbers = self._decision.said.numbers
-        of = {number for clip in clips if (number := numbers.get(clip))}
-        whole = {clip for clip, number in numbers.items() if number in of}
-        return min(of) if len(of) == 1 and whole == {*clips} else None
+    def _find_whole(self, clips: Collection[str]) -> str | None:
+        """Returns the key of the unknown person who has exactly these clips, or None."""
+        said = self._decision.said
+        of = {said.numbers.get(clip, 0) for clip in clips}
+        whole = {clip for clip, number in said.numbers.items() if number in of}
+        return said.find_unknown(min(of)) if len(of) == 1 and whole == {*clips} else None
 
     def _name(self, clip: str) -> str:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
@@ -661,9 +656,8 @@ def parse_name(review: Review, text: str) -> tuple[list[str], str]:
 
     Raises UserError if the page shows nobody with the present name.
     """
-    parts = text.split("=")
-    for number in range(len(parts) - 1, 0, -1):  # names may contain `=`
-        old, new = ("=".join(x).strip() for x in (parts[:number], parts[number:]))
+    for sign in reversed([*re.finditer("=", text)]):  # names may contain `=`
+        old, new = text[: sign.start()].strip(), text[sign.end() :].strip()
         if review.has_person(old):
             return [old], new
     raise UserError(
@@ -677,18 +671,15 @@ def _number_again(lines: Sequence[Line], decision: Decision) -> list[Line]:
 
     A face that was taken out of a person may look like another unknown person.
     """
-    new = {x.person: x.number for x in lines if x.says == "person" and x.number}
-    present = dict[str, str]()
+    present = {x.person: x.person for x in lines if x.says == "person" and x.number}
     for line in lines:
-        if line.says == "same" and line.person and line.person in new and line.face:
+        if line.says == "same" and line.person in present and line.face:
             groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(line.face))
-            group = next(filter(None, groups), None)
-            key = decision.said.find_unknown(parse_group_number(group)) if group else None
-            if key and key != line.person:
-                present[line.person] = key
+            keys = (decision.said.find_unknown(parse_group_number(x)) for x in groups if x)
+            present[line.person] = next(filter(None, keys), line.person)
     return [
-        msgspec.structs.replace(x, person=present.get(str(x.person), x.person)) for x in lines
-        if not (x.says == "person" and x.number and x.person in present)
+        msgspec.structs.replace(x, person=present.get(x.person, x.person)) for x in lines
+        if x.says != "person" or present.get(x.person, x.person) == x.person
     ]  # fmt: skip
 
 

@@ -241,8 +241,9 @@ def render(data: PageData) -> str:
     grid = [face for entry in entries for face in entry.split()]
     if view.person:
         grid.sort(key=lambda face: data.rank(face.best))
-    doubtful = [x for of in entries_of.values() for x in of if x.doubt and not view.part]
+    doubtful = [x for of in entries_of.values() for x in of if x.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
+    doubtful = [] if view.part or view.find else doubtful
     step, count = (MOST_FACES, len(grid)) if view.part else (MOST_SHOWN, len(shown))
     first = min(view.first, max(count - 1, 0) // step * step)
     last = first + step if forms else None
@@ -265,7 +266,6 @@ def render(data: PageData) -> str:
     banded = {view.film} if view.part else {*videos[: MOST_FILMS if forms else None]}
     if not view.part:
         shown = shown[first:last]
-        doubtful = [] if view.find else doubtful
         order = [*(x.keys[0] for x in doubtful[:MOST_DOUBTFUL]), *shown]
         if forms and forms.at and forms.at not in order:  # the changed row is not shown any more
             forms = forms._replace(at=next(iter(order), ""))

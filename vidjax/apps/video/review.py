@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from vidjax.apps import web
 from vidjax.apps.video import names_page, who
-from vidjax.apps.video.actions import OutdatedError, Review
+from vidjax.apps.video.actions import Review
 from vidjax.apps.video.names_page import Forms
 from vidjax.utils import messages
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
@@ -162,7 +162,7 @@ class _Pages:
         name, after = " ".join(typed.split()), form.get("next", "")
         view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
         problem = view._replace(at="".join(of[:1]), next=after, of=of, typed=typed)
-        question, status = "", HTTPStatus.UNPROCESSABLE_ENTITY
+        question = ""
         later = BackgroundTask(review.save_later)  # an earlier change may have left it to this one
         with self._lock:
             try:
@@ -185,11 +185,11 @@ class _Pages:
                     if action == "name" and [view.person] == of:
                         view = view._replace(person=name)
             except (Expected, OSError) as error:
-                if isinstance(error, OutdatedError):
-                    status = HTTPStatus.CONFLICT
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
                 page = review.render(problem._replace(message=about))
-                return HTMLResponse(page, status, HEADERS, background=later)
+                return HTMLResponse(
+                    page, HTTPStatus.UNPROCESSABLE_ENTITY, HEADERS, background=later
+                )
         headers = {"Location": f"./?{view.url_query}", **HEADERS}
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
