@@ -53,7 +53,8 @@ class Reviewed:
 
     def post(self, action="change", status=200, **fields):
         """Sends a form of the page; returns the text of the answer."""
-        answer = self.client.post(action, data={"version": self.review.version, **fields})
+        fields |= {"do": "undo"} if action == "undo" else {}
+        answer = self.client.post("change", data={"version": self.review.version, **fields})
         assert answer.status_code == status, answer.text
         return answer.text
 

@@ -57,10 +57,8 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     note = ", as before" if outcome.kept else ""
     voices = f", {film.voices:,} with a voice" if film.voices else ""
     problems = results.list_problems(film, outcome.path)
-    for line in (
-        f"{media.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
-        *(f"  {problem}" for problem in problems),
-    ):
+    head = f"{media.make_printable(outcome.label)}: {about}, {faces}{voices}{note}"
+    for line in (head, *(f"  {problem}" for problem in problems)):
         say(line, warning=bool(problems))
 
 
@@ -155,13 +153,14 @@ def add_who_flags(parser: Parser) -> None:
     about = "takes corrections of a film over to a film that shows the same faces at the same "
     about += "times, for example after the film was encoded again"
     parser.flag("--take-over", about)
-    add_rule(parser)
-    _add_padding(parser)
+    _add_choice(parser)
     example = "holiday.mp4 --people=friends --models=models --out=names --thumbnails"
     parser.command(name_people, example, f"{example} --review")
 
 
-def _add_padding(parser: Parser) -> None:
+def _add_choice(parser: Parser) -> None:
+    """Adds the flags that `_read_choice` reads."""
+    add_rule(parser)
     about = "seconds before and after each scene in playlists and timelines (default: 1)"
     options = {"type": float, "default": results.PADDING_SECONDS}
     parser.flag("--padding SECONDS", about, of=parser.programs, **options)
@@ -173,8 +172,7 @@ def add_review_flags(parser: Parser) -> None:
     parser.add_argument("out", metavar="FOLDER", help=about)
     about = 'names a person without a browser, as in --name="unknown 3=Ada"; may be repeated'
     parser.flag("--name OLD=NEW", about, action="append", default=[])
-    add_rule(parser)
-    _add_padding(parser)
+    _add_choice(parser)
     parser.command(review_names, "names", 'names --name="unknown 3=Ada"')
 
 
@@ -252,9 +250,8 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         **messages.describe_failed(done.failed),
     }
     if num_unknown or num_faces:
-        texts["unknown"] = (
-            f"{unknown} without a name: to name them, vidjax review {quote_path(out)}"
-        )
+        remedy = f"to name them, vidjax review {quote_path(out)}"
+        texts["unknown"] = f"{unknown} without a name: {remedy}"
         if not (out / FEATURES / media.THUMBNAILS).exists():
             texts["pictures"] = "none: to see faces on the page, add --thumbnails to the command"
     rows = [[messages.shorten(cell) for cell in line] for line in done.lines]

@@ -56,10 +56,6 @@ class Subject(NamedTuple):
     is_person: bool  # False for a face
 
 
-# An appearance, and the next appearance of the same person, if any.
-Seen = tuple[Appearance, Appearance | None]
-
-
 class Review:
     """Applies a user's corrections to the names in a folder of results.
 
@@ -193,9 +189,13 @@ class Review:
     def film(self, video: str) -> Path | None:
         """Returns the path of a film or photo, or None if it is missing or has changed."""
         film = self._films.get(video)
-        return film and _find_source(film)
+        # A malicious folder of results may name any file of this disk as a film, but the folder
+        # cannot contain the right size, time and inode of the file. So this file is not sent.
+        if film and film.source.path.is_file() and film.source.is_valid:
+            return film.source.path
+        return None
 
-    def list_seen(self, video: str, at_s: float) -> list[Seen]:
+    def list_seen(self, video: str, at_s: float) -> list[tuple[Appearance, Appearance | None]]:
         """Returns the people who appear in the film `video` at the time `at_s` in seconds.
 
         Each item is an appearance, and the next appearance of the same person in a film, or None.
@@ -216,7 +216,7 @@ class Review:
         changed, returns None.
         """
         film, track = self._film_of.get(clip), self._tracks.get(clip)
-        if not (film and track and (path := _find_source(film))):
+        if not (film and track and (path := self.film(film.video))):
             return None
         return still.read_still(path, track.box_at_s or track.start_s, film.jumps)
 
@@ -293,7 +293,8 @@ class Review:
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
             if action == "twin":
-                name = self._find_twin(found)
+                twins, clips = self._decision.twins, [clip for x in found for clip in x.clips]
+                name = next((twins[clip] for clip in clips if clip in twins), "")
                 found += self._list_rivals(found, name)
             elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
@@ -400,16 +401,6 @@ class Review:
         seen = Counter(x.identity for x in self._decision.appearances)
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
-    def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name that a face in `found` lost to another face of the same time.
-
-        Raises UserError if there is no such person.
-        """
-        names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
-        if (name := next(filter(None, names), None)) is None:
-            raise UserError("the face resembles no named face in this picture: type a name")
-        return name
-
     def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
         """Returns the faces with the name `name` that are visible together with one of `found`."""
         clips = {clip for x in found for clip in x.clips}
@@ -459,14 +450,14 @@ class Review:
         with self._lock(version, [person]):
             if person not in self._decision.people:
                 raise UserError(f"'{person}' is no longer on the page: reload the page")
-            left = self._forget([person])
-        left |= dict.fromkeys(map(str, self._search(self.out, person)))
+            photos = self._forget([person])
+        left = dict.fromkeys([*photos, *map(str, self._search(self.out, person))])
         lines = [f"Saved: {person} is forgotten in this folder."]
         lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
         command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
         self._message = "\n".join([*lines, f"To search other folders: {command}"])
 
-    def _forget(self, names: Collection[str]) -> dict[str, None]:
+    def _forget(self, names: Collection[str]) -> list[str]:
         """Forgets people; returns the paths of their photos. The caller must hold the lock.
 
         The log, the gallery, the tables and the page are written. The features of photos that only
@@ -474,13 +465,13 @@ class Review:
         """
         said, faces = self._decision.said, self._decision.faces
         gone = {person for name in names for person in said.find_people(name)}
-        photos, kept = dict[str, None](), list[MediaFile]()
+        photos, kept = list[str](), list[MediaFile]()
         for photo in faces.photos:
             of = [x for clip in photo.faces for x in said.photos.get(clip, {}).values()]
             people = {x.person and said.find_root(x.person) for x in of}
             names_them = bool(people & gone or {x.name for x in of} & {*names})
             if names_them:
-                photos[str(photo.source.path)] = None
+                photos.append(str(photo.source.path))
             if names_them and people <= gone:
                 media.remove_media_file(self.out / PEOPLE, media.make_photo_stem(photo.sha256))
             else:
@@ -488,8 +479,7 @@ class Review:
             if photo.tags & {*names}:
                 media.remove_tags(self.out / PEOPLE, media.make_photo_stem(photo.sha256), names)
         lines = said.write_anew(gone)
-        faces = faces._replace(photos=kept)
-        decision = decide(faces, lines, self._rule)
+        decision = decide(faces._replace(photos=kept), lines, self._rule)
         log.replace(self.out, lines)
         self._steps, self.lines = [], log.read(self.out)
         self._show(self._write_numbers(decision))
@@ -629,12 +619,11 @@ class Review:
 
         After an error, such as a full disk, nothing is changed.
         """
-        shown, before = self._decision, self.lines
-        decision = decide(shown.faces, [*before, *lines], self._rule, shown)
+        shown = self._decision
+        decision = decide(shown.faces, [*self.lines, *lines], self._rule, shown)
         numbered = _number_again(lines, decision)
         if numbered != lines:
-            lines = numbered
-            decision = decide(shown.faces, [*before, *lines], self._rule, shown)
+            return self._apply(numbered)
         self._show(self._write_numbers(decision, lines))
         self._changed[""] = self.version
         return next((x.step for x in lines), None)
@@ -693,11 +682,3 @@ def _find_similar(name: str, people: Iterable[str]) -> str:
     best = closest(fold_letters(name), letters, 0.8) or ""
     digits = [re.sub(r"\D", "", word) for word in (name, best)]
     return letters[best] if best and digits[0] == digits[1] else ""
-
-
-def _find_source(film: MediaFile) -> Path | None:
-    """Returns the path of a film or photo, or None if it is missing or has changed."""
-    # A malicious folder of results may name any file of this disk as a film, but the folder cannot
-    # contain the right size, time and inode of the file. So this file is not sent.
-    path = film.source.path
-    return path if path.is_file() and film.source.is_valid else None

@@ -214,13 +214,14 @@ class Forms(NamedTuple):
 def render(data: PageData) -> str:
     """Returns the HTML of the page that shows who appears in films, and when."""
     forms, people, films = data.forms, data.people, data.films
-    by_video, entries_of = group_by_video(data.appearances), dict[str, list[PageEntry]]()
+    by_video = group_by_video(data.appearances)
+    entries_of = {
+        film.video: [PageEntry(x, film, data) for x in by_video.get(film.video, ())]
+        for film in films
+    }
+    entries = [x for of in entries_of.values() for x in of]
     times = {name: list[PageEntry]() for name in people}
-    for film in films:
-        in_film = by_video.get(film.video, ())
-        entries_of[film.video] = [PageEntry(x, film, data) for x in in_film]
-        for entry in entries_of[film.video]:
-            times.setdefault(entry.name, []).append(entry)
+    times |= group_by_key((entry.name, entry) for entry in entries)
     unknown = sorted(
         times.keys() - people.keys() - {IGNORED},
         key=lambda name: (name.startswith(FACE), -len(times[name]), rank_group(name)),
@@ -237,12 +238,11 @@ def render(data: PageData) -> str:
     if forms:
         nameless = [name for name in found if name not in people and name != IGNORED]
         shown = [view.person] * (view.person in times) if view.part else nameless
-    entries = entries_of.get(view.film) or times.get(view.person, ())
-    grid = [face for entry in entries for face in entry.split()]
+    of_part = entries_of.get(view.film) or times.get(view.person, ())
+    grid = [face for entry in of_part for face in entry.split()]
     if view.person:
         grid.sort(key=lambda face: data.rank(face.best))
-    doubtful = [x for of in entries_of.values() for x in of if x.doubt]
-    doubtful.sort(key=lambda entry: -entry.doubt)
+    doubtful = sorted((x for x in entries if x.doubt), key=lambda entry: -entry.doubt)
     doubtful = [] if view.part or view.find else doubtful
     step, count = (MOST_FACES, len(grid)) if view.part else (MOST_SHOWN, len(shown))
     first = min(view.first, max(count - 1, 0) // step * step)
@@ -253,8 +253,7 @@ def render(data: PageData) -> str:
         """Returns a picture of the person or face with the name or key `key`, or None."""
         clip, found = key.removeprefix(CLIP), times.get(key, [])
         if clip != key:
-            faces = (face for of in entries_of.values() for entry in of for face in entry.split())
-            found = [face for face in faces if face.best == clip]
+            found = [x for entry in entries for x in entry.split() if x.best == clip]
         return next(iter(data.list_faces(found, key)), None)
 
     def turn(first: int) -> str:

@@ -139,20 +139,20 @@ class _Pages:
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
-        """Answers a submitted form: makes the change in the form, or undoes the last change."""
+        """Answers a submitted form: makes the change in the form."""
         self._check(request)
         form = await _read_form(request)
         self._review.waiting += 1  # the results are written when no change waits
         try:
-            return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
+            return await run_in_threadpool(self._apply, form)
         finally:
             self._review.waiting -= 1
 
-    def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
-        """Applies the change in a form with the fields (name, value).
+    def _apply(self, fields: Sequence[tuple[str, str]]) -> Response:
+        """Applies the change in a form with the fields (name, value), or undoes the last change.
 
-        If `back` is True, undoes the last change instead. Answers with a redirection to the page.
-        If the change is refused, or the user must confirm it, answers with the page and a message.
+        Answers with a redirection to the page. If the change is refused, or the user must confirm
+        it, answers with the page and a message.
         """
         review, form = self._review, dict(fields)
         of = [value for name, value in fields if name == "of"]
@@ -168,7 +168,7 @@ class _Pages:
             try:
                 version = form.get("version", "")
                 version = int(version) if re.fullmatch("[0-9]{1,9}", version) else -1
-                if back:
+                if action == "undo":
                     changed = review.undo(version)
                     if view.person and not review.has_person(view.person):
                         view = view._replace(person=changed)  # the person was renamed
@@ -187,18 +187,17 @@ class _Pages:
             except (Expected, OSError) as error:
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
                 page = review.render(problem._replace(message=about))
-                return HTMLResponse(
-                    page, HTTPStatus.UNPROCESSABLE_ENTITY, HEADERS, background=later
-                )
+                refused = HTTPStatus.UNPROCESSABLE_ENTITY
+                return HTMLResponse(page, refused, HEADERS, background=later)
         headers = {"Location": f"./?{view.url_query}", **HEADERS}
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
 
 def _read_view(query: Mapping[str, str]) -> Forms:
     """Returns what the page shows. The parameters of a URL choose it, see `Forms.url_query`."""
-    names, first = ("film", "person", "find"), query.get("first", "")
+    film, person, find, first = (query.get(x, "") for x in ("film", "person", "find", "first"))
     number = int(first) if re.fullmatch("[0-9]{1,9}", first) else 0
-    return Forms(**{name: query.get(name, "") for name in names}, first=number)
+    return Forms(film=film, person=person, find=find, first=number)
 
 
 def make_app(review: Review, token: str) -> Starlette:
@@ -219,7 +218,6 @@ def make_app(review: Review, token: str) -> Starlette:
             Route("/{token}/film", pages.send_film),
             Route("/{token}/frame/{clip}", pages.send_frame),
             Route("/{token}/change", pages.change, methods=["POST"]),
-            Route("/{token}/undo", pages.change, methods=["POST"]),
             Route("/{token}/{picture:path}", pages.send_picture),
         ],
         # If the browser has closed the connection (ClientDisconnect), the answer reaches nobody.

@@ -39,10 +39,10 @@ COLUMNS = {  # name of a column -> type in Apache Arrow
 
 def write(path: Path, appearances: Sequence[Appearance], films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
-    if path.suffix in SUBTITLES:
-        files.write_bytes(path, to_subtitles(appearances, path.suffix).encode(), replace=False)
-    elif path.suffix == ".rttm":
-        files.write_bytes(path, to_rttm(appearances).encode(), replace=False)
+    if path.suffix in FORMATS:
+        is_rttm = path.suffix == ".rttm"
+        text = to_rttm(appearances) if is_rttm else to_subtitles(appearances, path.suffix)
+        files.write_bytes(path, text.encode(), replace=False)
     else:
         described = {film.video: _describe_file(film) for film in films}
         objects = [
