@@ -38,7 +38,7 @@ class Shelf:
         self.open()
 
     def open(self):
-        self.page = actions.Review(self.out, made_shelf.decide(self.out))
+        self.page = actions.Review(self.out)
 
     def who(self):
         """Calls `vidjax who`, and returns clip -> name, or None for an ignored clip."""
@@ -282,7 +282,7 @@ def test_undo_keeps_what_another_program_has_changed(shelf):
     one, two, *_ = shelf.people()
     clips = shelf.clips(two)
     shelf.page.change("name", [one], "Zoe")
-    actions.Review(shelf.out, made_shelf.decide(shelf.out)).change("name", [two], "Yan")
+    actions.Review(shelf.out).change("name", [two], "Yan")
     shelf.who()
     actions.Review(shelf.out).change("name", ["Ada"], "Eva")
     shelf.page.undo()
@@ -406,7 +406,7 @@ def test_subtitles_of_twins_are_replaced_and_files_of_others_stay(shelf):
 def test_page_shows_the_picture_of_a_face_from_the_film(drawn, read_here):
     film = drawn.film()
     drawn.who(film, drawn.group(), people=False)
-    page = actions.Review(drawn.out, made_shelf.decide(drawn.out))
+    page = actions.Review(drawn.out)
     for clip in ("party.s001.t00", "group.f01"):
         picture = page.frame(clip)
         assert picture and picture.startswith(b"\xff\xd8\xff")

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.helpers import made_appearances, made_nets, made_shelf
+from tests.helpers import made_appearances, made_nets
 from tests.helpers.drawn_people import EMBED, Drawn, restore, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from vidjax.apps.gallery.gallery import Gallery
@@ -88,7 +88,7 @@ class Archive:
 
     def open(self):
         """Returns the page of corrections."""
-        return actions.Review(self.out, made_shelf.decide(self.out))
+        return actions.Review(self.out)
 
     def list_names(self):
         """Returns (film, name, second, column of the face) of each appearance."""

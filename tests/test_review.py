@@ -42,7 +42,7 @@ class Reviewed:
         """Opens the page of the results."""
         out, self.before = self.drawn.out, self.names()
         options = {"padding": 0.25, "search": forget.list_left}
-        self.review = page or actions.Review(out, made_shelf.decide(out), **options)
+        self.review = page or actions.Review(out, **options)
         self.client = made_shelf.open_client(self.review)
         return self
 

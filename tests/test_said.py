@@ -502,7 +502,7 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
     shelf.out.rename(whole)
     while not is_done:
         shutil.copytree(whole, shelf.out)
-        page = actions.Review(shelf.out, made_shelf.decide(shelf.out))
+        page = actions.Review(shelf.out)
         left[0] = len(found) + 1  # the number of the write that is interrupted
         with contextlib.suppress(KeyboardInterrupt):
             CHANGES[change](page, CLIP + page._clips_of["unknown 1"][0])
@@ -644,7 +644,7 @@ def test_faces_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(dr
     drawn.befriend("Ada")
     drawn.who(photo)
     for action, of, later in (("once", [], "Bob"), ("ignore", ["unknown 1"], None)):
-        page = actions.Review(drawn.out, made_shelf.decide(drawn.out))
+        page = actions.Review(drawn.out)
         page.change(action, of)
         page.save()
         assert {*drawn.names().values()} == {"Ada", None}

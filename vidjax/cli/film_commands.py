@@ -22,7 +22,6 @@ from vidjax.apps.video import (
     results,
     who,
 )
-from vidjax.apps.video.decide import Decision
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.apps.video.media import FEATURES
 from vidjax.cli.gallery_commands import add_rule
@@ -184,7 +183,7 @@ def review_names(args: argparse.Namespace) -> Result:
         about = "name the folder that you gave as --out, or call vidjax who first"
         raise UserError(f"'{out}' has no results: {about}")
     if not args.name:
-        return describe_names(_review(out, args), out)
+        return describe_names(_review(args), out)
     page = actions.Review(out, **_read_choice(args))
     for count, text in enumerate(args.name):
         try:
@@ -201,11 +200,11 @@ def _read_choice(args: argparse.Namespace) -> dict[str, Any]:
     return {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
 
 
-def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoResults:
+def _review(args: argparse.Namespace) -> who.WhoResults:
     require_packages("the page", "starlette", "uvicorn", extra="serve")
     from vidjax.apps.video import review  # it needs starlette
 
-    page = actions.Review(out, *given, search=forget.list_left, **_read_choice(args))
+    page = actions.Review(args.out, search=forget.list_left, **_read_choice(args))
     return review.serve_review(page)
 
 
@@ -226,7 +225,7 @@ def name_people(args: argparse.Namespace) -> Result:
         done=print_outcome, tell=print_note, **_read_choice(args),
     )  # fmt: skip
     if args.review:
-        reviewed = _review(out, args, done.decision)
+        reviewed = _review(args)
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 

@@ -66,20 +66,18 @@ class Review:
     def __init__(
         self,
         out: Path,
-        decision: Decision | None = None,
         *,
         fpir: float | None = None,
         threshold: float | None = None,
         padding: float = results.PADDING_SECONDS,
         search: Search = lambda out, person: (),
     ):
-        """Opens the folder of results `out`.
+        """Opens the folder of results `out`, and decides the names.
 
-        `decision` are the names that a call of `vidjax who` has just decided. If it is None, the
-        names are decided again. This needs only the folder, but no films, photos or nets. `fpir`
-        and `threshold` decide when a face gets a name, see `Gallery.identify`. In timelines,
-        `padding` seconds are added before and after each appearance. `search` finds the files in a
-        folder of results that still show a forgotten person.
+        This needs only the folder, but no films, photos or nets. `fpir` and `threshold` decide when
+        a face gets a name, see `Gallery.identify`. In timelines, `padding` seconds are added before
+        and after each appearance. `search` finds the files in a folder of results that still show a
+        forgotten person.
         """
         files.refuse_links(out)
         self._padding, self._rule, self._search = padding, Rule(fpir, threshold), search
@@ -94,9 +92,7 @@ class Review:
         with log.lock(out, WAIT_SECONDS):
             self.lines, self._stamps = log.read(out), self._read_stamps()
             faces = results.load_faces(out, self._gallery.state)
-            if decision is None or faces.films != decision.films:
-                decision = decide(faces, self.lines, self._rule)
-            self._set_names(self._write_numbers(decision))
+            self._set_names(self._write_numbers(decide(faces, self.lines, self._rule)))
         self._heirs = heirs.find_heirs(self._decision)
 
     def _write_numbers(self, decision: Decision, lines: Sequence[Line] = ()) -> Decision:

@@ -206,9 +206,8 @@ class Forms(NamedTuple):
     @property
     def url_query(self) -> str:
         """The query of the URL of this page, such as `film=holiday.mp4`."""
-        names = ("film", "person", "find", "first")
-        words = {name: getattr(self, name) for name in names}
-        return urlencode({name: word for name, word in words.items() if word})
+        view = {"film": self.film, "person": self.person, "find": self.find, "first": self.first}
+        return urlencode({name: value for name, value in view.items() if value})
 
 
 def render(data: PageData) -> str:
