@@ -154,6 +154,6 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
 
 def read_photo(path: Path) -> np.ndarray:
     """Returns the picture of a photo, uint8 [H, W, 3], as `vidjax who` reads it."""
-    photo = pictures.read_photo(path)
-    assert photo
-    return photo.rgb
+    rgb = pictures.read_photo(path)
+    assert rgb is not None
+    return rgb

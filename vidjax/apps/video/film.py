@@ -302,8 +302,8 @@ def extract(task: Task, content: Content, tags: regions.Tags, nets: Nets) -> Med
     held_s = tracks.choose_held_seconds(task.settings.fps)
     clips = ClipBuilder(nets, out / media.THUMBNAILS, held_s)
     photo = pictures.read_photo(path)
-    if photo:
-        facts = _read_photo(photo, tags, clips, nets, stem)
+    if photo is not None:
+        facts = _read_photo(photo, content.orientation, tags, clips, nets, stem)
     else:
         facts = _read_film(task, stem, clips, nets)
     write_npz(out / f"{stem}.npz", clips.arrays, nets.digests)
@@ -393,30 +393,31 @@ def _make_clips(
 
 
 def _read_photo(
-    photo: pictures.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
+    rgb: np.ndarray, turn: int, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
     """Makes a clip of each face in a photo; returns fields of the photo's `MediaFile`.
 
+    `rgb` is the upright picture, and `turn` the EXIF orientation of the stored picture.
     `tags` are the names that photo programs stored for faces. `clips` collects the clips. `stem` is
     the first part of the names of the clips.
     """
-    faces = nets.detect(photo.rgb)
+    faces = nets.detect(rgb)
     count, lost, misfit = len(faces.boxes), list[str](), ""
     clips.mirrors = True
-    clips.add(0.0, 0, np.arange(count), faces, photo.rgb)
+    clips.add(0.0, 0, np.arange(count), faces, rgb)
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     if tags.tags:
-        size = photo.rgb.shape[1], photo.rgb.shape[0]
-        owners, misfit = regions.match_faces(tags, faces.boxes, size, photo.orientation)
+        size = rgb.shape[1], rgb.shape[0]
+        owners, misfit = regions.match_faces(tags, faces.boxes, size, turn)
         for tag, face in zip(tags.tags, owners.tolist(), strict=True):
             if face >= 0:
                 clips.tracks[face].name = tag.name
             else:
                 lost.append(tag.name)
     facts = {"seconds": 0.0, "shots": [(0.0, 0.0)], "frames": 1, "lost_tags": lost}
-    facts["brightness"] = float(photo.rgb.mean()) / 255
+    facts["brightness"] = float(rgb.mean()) / 255
     return facts | {"bad_tags": tags.problem, "misfit": misfit}
 
 

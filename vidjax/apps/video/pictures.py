@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,18 +32,11 @@ TURNS = {
 }  # fmt: skip
 
 
-class Photo(NamedTuple):
-    """A decoded photo."""
-
-    rgb: np.ndarray  # uint8 [H, W, 3] in sRGB, upright
-    orientation: int  # the EXIF orientation of the stored picture, 1 to 8
-
-
-def read_photo(path: Path) -> Photo | None:
+def read_photo(path: Path) -> np.ndarray | None:
     """Reads a photo, or the first picture of an animation. Returns None if it may be a film.
 
-    Photos may be JPEG, PNG, WebP, BMP, TIFF, JPEG 2000, GIF, PPM, AVIF or HEIC. Large JPEG photos
-    are reduced. Colours are converted to sRGB, and transparent parts are white.
+    The result is upright, uint8 [H, W, 3] in sRGB. Photos may be JPEG, PNG, WebP, BMP, TIFF,
+    JPEG 2000, GIF, PPM, AVIF or HEIC. Large JPEG photos are reduced. Transparent parts are white.
 
     Raises:
       UserError: `path` is not a regular file, the photo is damaged or too large, or a package is
@@ -63,12 +56,11 @@ def read_photo(path: Path) -> Photo | None:
         try:
             with Image.open(file, formats=formats) as photo:
                 _reduce(path, photo)
-                stored = _read_stored_orientation(photo)
                 photo.load()
                 turn = _read_orientation(photo)  # 1 if Pillow has turned the photo
                 rgb = _convert_to_srgb(photo)
                 rgb = rgb.transpose(Image.Transpose[TURNS[turn]]) if turn in TURNS else rgb
-                return Photo(np.asarray(rgb), stored)
+                return np.asarray(rgb)
         except UnidentifiedImageError:
             if formats is FORMATS:
                 return None
@@ -82,7 +74,10 @@ def read_photo(path: Path) -> Photo | None:
 
 
 def read_orientation(path: Path) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8; 1 if the photo is damaged or has none."""
+    """Returns the EXIF orientation of a stored photo, 1 to 8.
+
+    Returns 1 if the photo is damaged or has none.
+    """
     require_packages(f"'{path}', a photo,", "PIL", extra="video")
     from PIL import Image
 
@@ -91,7 +86,8 @@ def read_orientation(path: Path) -> int:
         formats = _choose_formats(path, file.read(12))
         file.seek(0)
         with contextlib.suppress(Exception), Image.open(file, formats=formats) as photo:
-            return _read_stored_orientation(photo)
+            stored = photo.info.get("original_orientation") or _read_orientation(photo)
+            return stored if stored in TURNS else 1
     return 1
 
 
@@ -159,12 +155,6 @@ def _read_orientation(photo: "Image") -> int:
     with contextlib.suppress(Exception):  # a photo with damaged metadata is still a photo
         return photo.getexif().get(ORIENTATION, 1)
     return 1
-
-
-def _read_stored_orientation(photo: "Image") -> int:
-    """Returns the EXIF orientation, 1 to 8, of a photo before Pillow turns it."""
-    stored = photo.info.get("original_orientation") or _read_orientation(photo)
-    return stored if stored in TURNS else 1
 
 
 def _convert_to_srgb(photo: "Image") -> "Image":

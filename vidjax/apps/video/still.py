@@ -38,9 +38,8 @@ def work(arguments: dict[str, Any]) -> bytes:
     from PIL import Image
 
     path = Path(arguments["path"])
-    if photo := pictures.read_photo(path):
-        rgb = photo.rgb
-    else:
+    rgb = pictures.read_photo(path)
+    if rgb is None:
         with decode.open_video(path) as video:
             rgb = video.still(arguments["seconds"], arguments["jumps"])
     if rgb is None:
