@@ -20,18 +20,17 @@ import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.audit import audit
-from vidjax.apps.gallery.backend import Backend, sum_by_owner
-from vidjax.apps.gallery.enrolment import make_state, stack_parts, stack_vectors
+from vidjax.apps.gallery.backend import sum_by_owner
+from vidjax.apps.gallery.enrolment import make_state, stack_parts
 from vidjax.apps.gallery.grouping import Groups, agglomerate
-from vidjax.apps.gallery.ratios import LEAST_ODDS, Summary
+from vidjax.apps.gallery.ratios import LEAST_ODDS
 from vidjax.apps.gallery.store import State
+from vidjax.utils.groups import group_by_key
 
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
 # It is clear which photos are wrong if this many times more photos must be wrong otherwise.
 CLEAR_ERRORS = 3
 MOST_PHOTOS = 100  # of a person; with more photos, the photos are not divided into sides
-
-Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the person it resembles
 
 
 class Side(NamedTuple):
@@ -57,32 +56,35 @@ def find_doubtful_photos(state: State, without: Collection[str] = ()) -> Doubts:
     `state` is the content of a gallery, of which the clips `without` are left out. If the gallery
     does not compare faces by distances, the result is empty.
     """
-    found, backend = Doubts({}, {}, []), state.index.backend
+    faces = _select_faces(state, without)
+    if faces is None:
+        return Doubts({}, {}, [])
+    wrong, mixed = _divide_photos(faces)
+    rest = {
+        clip: x for clip, x in faces.clips.items() if clip not in wrong and x.identity not in mixed
+    }
+    left = make_state(state.version, state.origin, faces.index.backend, rest)
+    again = _audit(left)
+    unclear = _find_unclear(left, again)
+    clear = {clip: like for clip, like in again.items() if clip not in unclear}
+    return Doubts(wrong | clear, mixed, sorted({*unclear.values()}))
+
+
+def _select_faces(state: State, without: Collection[str]) -> State | None:
+    """Returns a gallery that contains only the faces of people, without the clips `without`.
+
+    Returns None if faces are not compared by distances.
+    """
+    backend = state.index.backend
     for number, part in enumerate(backend.parts):
-        if part.name != "face" or part.distances is None:
-            continue
-        clips = {
-            name: x._replace(vector=face) for name, x in state.clips.items()
-            if x.identity and name not in without
-            and (face := backend.split(x.vector[None])[number][0]).any()
-        }  # fmt: skip
-        faces, clip_names = backend._replace(parts=(part,)), sorted(clips)
-        (units,) = faces.units([stack_vectors(clip_names, clips, len(part.centre))])
-        names, owner = np.unique([str(clips[x].identity) for x in clip_names], return_inverse=True)
-        wrong, mixed = divide_photos(faces, units, owner)
-        for person, sides in mixed.items():
-            found.mixed[str(names[person])] = [
-                Side([clip_names[row] for row in rows], _name(names, like)) for rows, like in sides
-            ]
-        rest = {x: clips[x] for row, x in enumerate(clip_names)
-                if owner[row] not in mixed and row not in wrong}  # fmt: skip
-        left = make_state(state.version, state.origin, faces, rest)
-        again = _audit(left)
-        unclear = _find_unclear(left, again)
-        found.alike.extend(sorted({*unclear.values()}))
-        found.photos.update({clip_names[row]: _name(names, x) for row, x in wrong.items()})
-        found.photos.update({clip: x for clip, x in again.items() if clip not in unclear})
-    return found
+        if part.name == "face" and part.distances is not None:
+            clips = {
+                name: x._replace(vector=face) for name, x in state.clips.items()
+                if x.identity and name not in without
+                and (face := backend.split(x.vector[None])[number][0]).any()
+            }  # fmt: skip
+            return make_state(state.version, state.origin, backend._replace(parts=(part,)), clips)
+    return None
 
 
 def _audit(state: State) -> dict[str, str | None]:
@@ -117,78 +119,53 @@ def _find_unclear(state: State, doubtful: Mapping[str, str | None]) -> dict[str,
     return unclear
 
 
-def _name(names: np.ndarray, person: int | None) -> str | None:
-    return None if person is None else str(names[person])
-
-
-def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summary:
-    """Returns the number and the mean embedding of the photos in each group.
-
-    `units` [N, D] are the embeddings of the photos, and `owner` [N] int their groups, from 0.
-    """
-    sums = sum_by_owner(units, owner, int(owner.max(initial=-1)) + 1)
-    return ratios_lib.of_sums(backend, [sums], np.ones(len(sums[0])))
-
-
-def divide_photos(
-    backend: Backend, units: np.ndarray, owner: np.ndarray
-) -> tuple[dict[int, int | None], dict[int, Sides]]:
+def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[Side]]]:
     """Divides the photos of each person into sides: the photos of a side show the same face.
 
     Only one side of a person can be right. If it is clear which side is right, the photos of the
-    person's other sides are wrong.
-
-    Args:
-      backend: must have a single modality, face, and compare it by distances.
-      units: [N, D] float64, the embeddings of N photos, scaled to unit length.
-      owner: [N] int, the person who is named for each photo. People are numbered from 0.
+    person's other sides are wrong. `state` is a gallery that contains only faces.
 
     Returns:
-      Row of each wrong photo -> number of the person whom the photo resembles, or None.
-      Number of each person whose right side is not clear -> all sides of the person.
+      Wrong photo -> the person whom the photo resembles, or None.
+      Person whose right side is not clear -> all sides of the person.
     """
-    rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
-    sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]
-    person = np.array([owner[rows[0]] for rows in sides], int)
-    sizes = np.array([len(rows) for rows in sides], int)
-    side_of = np.zeros(len(units), int)
-    for number, rows in enumerate(sides):
-        side_of[rows] = number
-    groups = _summarise(backend, units, side_of)
-    largest = np.zeros(len(rows_of), int)
-    np.maximum.at(largest, person, sizes)
-    wrong, mixed = dict[int, int | None](), dict[int, Sides]()
-    for split in np.flatnonzero(np.bincount(person, minlength=1) > 1).tolist():
-        own = [rows for rows, of in zip(sides, person, strict=True) if of == split]
-        ratios, _ = ratios_lib.compare(backend, groups.take(person == split).across(), groups)
-        ratios[:, (person == split) | (sizes < largest[person])] = -np.inf
-        best = ratios.argmax(1)
-        least = np.log(LEAST_ODDS) + np.log(max(len(rows_of) - 1, 1))
-        is_like = np.take_along_axis(ratios, best[:, None], 1)[:, 0] > least
+    backend, clips_of = state.index.backend, state.clips_of
+    sides_of = {person: _find_sides(state, clips_of[person]) for person in state.index.names}
+    sides = [(person, side) for person, of in sides_of.items() for side in of]
+    people, sizes = np.array([x for x, _ in sides]), np.array([len(side) for _, side in sides], int)
+    is_largest = np.array([len(side) == max(map(len, sides_of[x])) for x, side in sides], bool)
+    units = backend.whiten(stack_parts(state, [clip for _, side in sides for clip in side]))
+    owner = np.repeat(np.arange(len(sides)), sizes)
+    sums = [sum_by_owner(x, owner, len(sides)) for x in units]
+    groups = ratios_lib.of_sums(backend, sums, np.ones(len(sides)))
+    least = np.log(LEAST_ODDS) + np.log(max(len(sides_of) - 1, 1))
+    wrong, mixed = dict[str, str | None](), dict[str, list[Side]]()
+    for split, own in sides_of.items():
+        if len(own) == 1:
+            continue
+        ratios, _ = ratios_lib.compare(backend, groups.take(people == split).across(), groups)
+        ratios[:, (people == split) | ~is_largest] = -np.inf
+        best, is_like = ratios.argmax(1), ratios.max(1) > least
         likes = [
-            int(person[side]) if like else None for side, like in zip(best, is_like, strict=True)
+            str(people[side]) if like else None for side, like in zip(best, is_like, strict=True)
         ]
-        own_sizes = sizes[person == split]
+        own_sizes = sizes[people == split]
         # If a side is right, all others are wrong, and so is a similar side of another person.
         errors = own_sizes.sum() - own_sizes + is_like * sizes[best]
         order = np.lexsort((-own_sizes, errors))
         if errors[order[1]] < CLEAR_ERRORS * errors[order[0]]:
-            mixed[split] = [(own[side], likes[side]) for side in order]
+            mixed[split] = [Side(own[side], likes[side]) for side in order]
         else:
-            wrong |= {int(row): likes[side] for side in order[1:] for row in own[side]}
+            wrong |= {clip: likes[side] for side in order[1:] for clip in own[side]}
     return wrong, mixed
 
 
-def _find_sides(backend: Backend, units: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Divides the photos of a person into groups that show different faces.
-
-    `rows` are the rows of the photos in `units` [N, D], the embeddings of all photos. Returns the
-    rows of each group.
-    """
-    if not 0 < len(rows) <= MOST_PHOTOS:
-        return [rows] if len(rows) else []
-    numbers = np.arange(len(rows))
-    groups = Groups(backend, [units[rows]], numbers, np.ones(len(rows)), ())
+def _find_sides(state: State, clips: Sequence[str]) -> list[Sequence[str]]:
+    """Divides `clips`, the photos of a person, into groups that show different faces."""
+    if len(clips) > MOST_PHOTOS:
+        return [clips]
+    backend, numbers = state.index.backend, np.arange(len(clips))
+    units = backend.whiten(stack_parts(state, clips))
+    groups = Groups(backend, units, numbers, np.ones(len(clips)), ())
     joined = agglomerate(groups, lambda _: -float(np.log(LEAST_ODDS)))
-    first = np.unique(joined, return_index=True)[1]
-    return [rows[joined == joined[place]] for place in np.sort(first)]
+    return [*group_by_key(zip(joined.tolist(), clips, strict=True)).values()]
