@@ -538,19 +538,6 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
                 remove_media_file(out, stem)
 
 
-def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Checks that a photo shows exactly one face, and that this face is good.
-
-    Returns (clip of the face, problem). The clip, such as `IMG_1`, is None for no face or several
-    faces. The problem is a text for the user, or "" for a good photo.
-    """
-    if len(file.tracks) != 1:
-        count = f"{len(file.tracks)} faces" if file.tracks else "no face"
-        kind = "photo" if file.photo else "film"
-        return None, f"the {kind} shows {count}: give a photo of only one person"
-    return file.tracks[0].clip, check_face(file.tracks[0])
-
-
 def check_face(track: FaceTrack) -> str:
     """Returns why a face is poor, with a remedy, or "" for a good face."""
     if track.quality < POOR_QUALITY:

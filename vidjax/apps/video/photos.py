@@ -69,18 +69,15 @@ class FoundPhotos(NamedTuple):
 def _list_stills(folder: Path) -> list[Path]:
     """Returns the photos and films in a folder, without short films that phones save with photos.
 
-    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
+    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`. The result contains links
+    to photos that are missing, for example on another drive.
     """
     paths = media_files.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in media_files.PHOTOS}
     stems = {path.stem for path in photos}
-    lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
+    links = (path for path in list_entries(folder) if path.suffix.lower() in media_files.PHOTOS)
+    lost = [path for path in links if not os.path.exists(path)]
     return [path for path in paths if path in photos or path.stem not in stems] + lost
-
-
-def _is_lost_photo(path: Path) -> bool:
-    """Returns whether a path is a link to a photo that is missing, for example on another drive."""
-    return path.suffix.lower() in media_files.PHOTOS and not os.path.exists(path)
 
 
 def list_photos(people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
@@ -102,18 +99,14 @@ def list_photos(people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG) -> di
         )
     photos_of: dict[str, list[Path]] = {}
     media_files.search_folder(people, tell)
-    single = media_files.split_files(people)[0]
+    single = _list_stills(people)
     for path in list_entries(people):
-        if (is_file := files.is_file(path)) and path not in single:
-            continue
-        photos = [path] if is_file or _is_lost_photo(path) else []
-        if path.is_dir():
-            photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
-        if not photos and path.name == STRANGERS:
-            continue
+        inside = itertools.chain(*map(_list_stills, media_files.list_folders(path)))
+        photos = [path] if path in single else [*inside]
         if not photos:
-            place = show(str(path))
-            tell(Note(f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"))
+            if not files.is_file(path) and path.name != STRANGERS:
+                text = f"there is no photo in '{show(str(path))}'"
+                tell(Note(f"{show(path.name)} cannot be recognised: {text}"))
             continue
         try:
             name = check_person(path.name if path.is_dir() else path.stem)
@@ -211,57 +204,57 @@ def find_faces(
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
     has no tags, its face gets the name of the folder. `known` are the people of earlier photos.
     """
-    found = FoundPhotos(outcomes, [], {}, set())
-    faces, single = list[FoundFace](), list[str]()
-    notes = list[str]()
+    found, faces, notes = FoundPhotos(outcomes, [], {}, set()), list[FoundFace](), list[str]()
     for folder, of in outcomes.items():
-        names = set[str]()
-        tags = {name for outcome in of if outcome.known for name in outcome.known.tags}
+        names, tags = set[str](), set[str]()
         for outcome in of:
-            named, clips, problems = _check_photo(folder, outcome)
-            notes += problems
-            names |= named
-            photo = outcome.known
-            for track in photo.tracks if photo else ():
-                if photo and track.clip in clips:
-                    person, clip = track.name or folder, f"{PEOPLE}/{track.clip}"
-                    faces.append(FoundFace(clip, person, folder, outcome.path, photo, track))
-            if not (clips and outcome.media):
-                found.failed[str(outcome.path)] = outcome.remedy
+            usable, problems = _check_photo(folder, outcome)
+            faces += usable
+            place = str(outcome.path)
+            notes += [x if place in x else f"{place}: {x}" for x in problems if x]
+            tagged = outcome.known.tags if outcome.known else set[str]()
+            names |= tagged or {folder}
+            tags |= tagged
+            if not (usable and outcome.media):
+                found.failed[place] = outcome.remedy
         # A folder of photos in which other people are tagged is not a person.
-        shown = {face.person for face in faces}
-        if tags and folder not in {*tags, *shown, *known}:
+        if tags and folder not in {*tags, *known, *(face.person for face in faces)}:
             names.discard(folder)
         found.names.update(names)
-        if of[0].path.parent == people:
-            single.append(folder)
         notes += _describe_foreign_tags(people, folder, of)
     faces, poor = _leave_out_poor(faces)
-    single = [name for name in single if name in found.names]
-    only_files = len(single) == len(outcomes) and not known
-    for text in (*notes, *poor, *_describe_numbers(people, flag, single, only_files)):
+    found = found._replace(faces=faces)
+    for text in (*notes, *poor, *_describe_numbers(people, flag, found, known)):
         tell(Note(text))
-    return found._replace(faces=faces)
+    return found
 
 
-def _check_photo(folder: str, outcome: FileOutcome) -> tuple[set[str], set[str], list[str]]:
-    """Returns the names of the people in a photo, the clips of its usable faces, and problems.
+def _check_photo(folder: str, outcome: FileOutcome) -> tuple[list[FoundFace], list[str]]:
+    """Returns the usable faces in a photo, and problems of the photo.
 
-    With face tags, the result is all names in the tags, and the faces at the tags. Without face
-    tags, it is `folder`, the name of the folder, and the face if there is only one.
+    With face tags, these are the faces at the tags. Without face tags, it is the only face, which
+    gets the name of the folder.
     """
-    photo, names, clips, problems = outcome.known, {folder}, set[str](), [outcome.error]
-    if photo and photo.tags:
-        names, clips = photo.tags, {str(track.clip) for track in photo.tracks if track.name}
-        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
-        if not photo.misfit:
-            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
-    elif photo:
-        clip, problem = media.check_photo(photo)
-        clips |= {clip} if clip else set()
-        problems += [photo.bad_tags, "" if clip else problem]
-    place = str(outcome.path)
-    return names, clips, [x if place in x else f"{place}: {x}" for x in problems if x]
+    photo, tracks = outcome.known, list[FaceTrack]()
+    if photo is None:
+        return [], [outcome.error]
+    problems = [outcome.error, photo.bad_tags]
+    if photo.misfit:
+        problems.append(f"{photo.misfit}: {MISFIT_REMEDY}")
+    elif photo.tags:
+        tracks = [track for track in photo.tracks if track.name]
+        problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
+    elif len(photo.tracks) == 1:
+        tracks = photo.tracks
+    else:
+        count = f"{len(photo.tracks)} faces" if photo.tracks else "no face"
+        kind = "photo" if photo.photo else "film"
+        problems.append(f"the {kind} shows {count}: give a photo of only one person")
+    faces = [
+        FoundFace(f"{PEOPLE}/{x.clip}", x.name or folder, folder, outcome.path, photo, x)
+        for x in tracks
+    ]
+    return faces, problems
 
 
 def _leave_out_poor(faces: Sequence[FoundFace]) -> tuple[list[FoundFace], list[str]]:
@@ -287,28 +280,30 @@ def _describe_foreign_tags(
     people: Path, name: str, outcomes: Sequence[FileOutcome]
 ) -> Iterator[str]:
     """Yields a warning if new photos in the folder of `name` have tags, but none of `name`."""
-    new = [
-        (outcome.path, outcome.media.tags) for outcome in outcomes
-        if outcome.media and not (outcome.kept or outcome.media.misfit)
-        and outcome.path.parent != people
+    foreign = [
+        (x.path, x.media.tags) for x in outcomes
+        if x.media and x.media.tags and name not in x.media.tags
+        and not (x.kept or x.media.misfit or x.path.parent == people)
     ]  # fmt: skip
-    if foreign := [(path, names) for path, names in new if names and name not in names]:
+    if foreign:
         path, names = foreign[0]
         tagged = messages.list_some([*map(show, sorted(names))], 3)
         more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        used = f"not {show(name)}: the tags are used{more}"
-        yield f"the face tags in {path} name {tagged}, {used}"
+        yield f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}"
 
 
 def _describe_numbers(
-    people: Path, flag: str, names: Sequence[str], only_files: bool
+    people: Path, flag: str, found: FoundPhotos, known: Collection[str]
 ) -> Iterator[str]:
     """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg may show one person.
 
-    `names` are the names of people from files outside of folders, such as Ada_1. `only_files` is
-    True if there are no folders, so that all files may show one person.
+    Only photos outside of folders count. Without folders and people of earlier photos, all photos
+    may show one person.
     """
-    if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
+    single = [name for name, of in found.outcomes.items() if of[0].path.parent == people]
+    names = [name for name in single if name in found.names]
+    has_only_files = len(names) == len(found.outcomes) and not known
+    if has_only_files and (len(names) > 1 or re.search(r"\d", "".join(names))):
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         examples = " and ".join(map(show, names[:2]))
         yield (
