@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery import card_notes, ratios as ratios_lib
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import sum_by_owner
 from vidjax.apps.gallery.enrolment import make_state, stack_parts
@@ -54,10 +54,10 @@ def find_doubtful_photos(state: State, without: Collection[str] = ()) -> Doubts:
     """Finds enrolled photos that may have the name of a wrong person.
 
     `state` is the content of a gallery, of which the clips `without` are left out. If the gallery
-    does not compare faces by distances, the result is empty.
+    does not compare faces by distances, or its net cannot tell people apart, the result is empty.
     """
     faces = _select_faces(state, without)
-    if faces is None:
+    if faces is None or card_notes.compare(state).problem == "blind":
         return Doubts({}, {}, [])
     wrong, mixed = _divide_photos(faces)
     rest = {

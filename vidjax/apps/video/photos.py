@@ -328,7 +328,7 @@ class Statements(NamedTuple):
 
     lines: list[Line]  # new lines about people
     person_of: dict[tuple[str, str], str | None]  # (clip, name of folder or tag) -> person
-    unused: dict[str, str]  # clip that names nobody -> why, for the user
+    unused: set[str]  # clips in folders with photos of two people
     notes: list[Note]
 
 
@@ -338,38 +338,42 @@ def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
     A new photo in a folder belongs to the person of the other photos in this folder; else to the
     person to whom it belonged before it was deleted from this folder, if this person still has a
     name; else to the person who has this name now; else to a new person. If a folder was renamed,
-    its person gets the new name. If the photos of a folder have two people, or if a photo is in the
-    folders of two people, it names nobody.
+    its person gets the new name. If the photos of a folder have two people, they name nobody.
     """
-    found = Statements([], {}, {}, [])
-    before = {x.clip: said.photos.get(x.clip, {}) for x in faces}
+    found, renamed = Statements([], {}, set(), []), dict[str, str]()  # person -> new name
+    before = {  # clip -> name of an earlier folder or tag -> person
+        x.clip: {
+            name: old.person and said.find_root(old.person)
+            for name, old in said.photos.get(x.clip, {}).items()
+        }
+        for x in faces
+    }
     kept = {x.person for x in faces if x.person in before[x.clip]}
-    renamed = dict[str, str]()  # person -> new name
-    came_of, clips_of = dict[str, list[str]](), group_by_key((x.person, x.clip) for x in faces)
+    clips_of = group_by_key((x.person, x.clip) for x in faces)
+    came_of = dict[str, list[str]]()  # name of a folder -> people of folders that are gone
     for name, clips in clips_of.items():
-        old = {
-            said.find_root(x.person): None for clip in clips for x in before[clip].values()
-            if x.person and x.name not in kept
-        }  # fmt: skip
-        came_of[name] = [*old]
+        pairs = (pair for clip in clips for pair in before[clip].items())
+        came_of[name] = [*dict.fromkeys(x for old, x in pairs if x and old not in kept)]
     for name, clips in clips_of.items():
-        statements = [before[clip][name] for clip in clips if name in before[clip]]
-        here = [*dict.fromkeys(x.person and said.find_root(x.person) for x in statements)]
-        owners = [x for x in came_of if {*came_of[x]} & {*came_of[name]}]
+        came = came_of[name]
+        owners = [x for x, others in came_of.items() if {*others} & {*came}]
+        people = [*dict.fromkeys(before[clip][name] for clip in clips if name in before[clip])]
         if name == STRANGERS:
-            here = [None]
-        elif not here and len(came_of[name]) == 1 and len(owners) == 1:
-            here = came_of[name]
-            renamed[str(here[0])] = name
-        elif not here and len(came_of[name]) > 1:
-            here = came_of[name]
-        found.person_of.update({(clip, name): person for clip in clips for person in here[:1]})
-        if len(here) > 1:
-            _leave_out_folder(found, name, clips, before, said)
+            people = [None]
+        elif not people and len(came) == len(owners) == 1:
+            people = [*came]
+            renamed[came[0]] = name
+        elif not people and len(came) > 1:
+            people = [*came]
+        found.person_of.update({(clip, name): person for clip in clips for person in people[:1]})
+        if len(people) > 1:
+            own = {(clip, name): x for clip in clips for x in before[clip].values() if x}
+            _leave_out_folder(found, name, own, said)
+            found.unused.update(clips)
     for name, clips in clips_of.items():
         if (clips[0], name) not in found.person_of:
-            films = [x.photo.sha256 for x in faces if x.person == name]
-            past = {said.find_root(said.photo_of.get((film, name), "")) for film in films}
+            photos = [x.photo.sha256 for x in faces if x.person == name]
+            past = {said.find_root(said.photo_of.get((film, name), "")) for film in photos}
             past = {*filter(said.call, past)}
             people = [*(past if len(past) == 1 else ()), *said.find_people(name)]
             people = [x for x in people if x not in renamed]
@@ -379,30 +383,22 @@ def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
     for person, name in renamed.items():
         _rename(found, person, name, renamed, said)
     _describe_split(found, came_of, said, out)
-    for clip, names in group_by_key((x.clip, x.person) for x in faces).items():
-        people = {found.person_of[clip, name] for name in names}
-        if len(people) > 1:
-            found.unused[clip] = "twin"
     return found
 
 
 def _leave_out_folder(
-    found: Statements,
-    name: str,
-    clips: Sequence[str],
-    before: Mapping[str, Mapping[str, Any]],
-    said: Said,
+    found: Statements, name: str, own: Mapping[tuple[str, str], str], said: Said
 ) -> None:
-    """Notes that the photos in a folder name nobody, because they belong to several people."""
-    people = dict[str, None]()
-    for clip in clips:
-        for x in (x for x in before[clip].values() if x.person):
-            found.person_of[clip, name] = person = said.find_root(x.person)
-            people[said.call(person)] = None
-        found.unused[clip] = "folder"
-    text = f"the photos in the folder {show(name)} were photos of "
-    text += f"{messages.list_some([*map(show, people)])}, so they are not used\n"
-    found.notes.append(Note(text + "move the photos of each person into a folder of this person"))
+    """Notes that the photos in a folder name nobody, because they belong to several people.
+
+    `own` are keys of `found.person_of` -> the person to whom the photo belonged before.
+    """
+    found.person_of.update(own)
+    people = messages.list_some([*map(show, dict.fromkeys(map(said.call, own.values())))])
+    found.notes.append(Note(
+        f"the photos in the folder {show(name)} were photos of {people}, so they are not used\n"
+        "move the photos of each person into a folder of this person"
+    ))  # fmt: skip
 
 
 def _rename(
@@ -472,13 +468,13 @@ class Absent(NamedTuple):
 
 
 def find_absent(
-    people: Path, found: FoundPhotos, media: Iterable[MediaFile], said: Said, forget_missing: bool
+    people: Path, found: FoundPhotos, photos: Iterable[MediaFile], said: Said, forget_missing: bool
 ) -> Absent:
     """Finds photos that were deleted or moved, and photos that may be on another drive.
 
     A photo was deleted if the folder of photos still shows another file that vidjax knows, or if
     another photo is at its place. If `forget_missing` is True, all photos that cannot be found were
-    deleted. `media` are the descriptions of all photos of people.
+    deleted. `photos` are the descriptions of all photos of people.
     """
     statements = said.list_photos()
     outcomes = [(folder, x) for folder, of in found.outcomes.items() for x in of]
@@ -491,10 +487,11 @@ def find_absent(
     # Statements of photos whose tags cannot be read, and of folders with unknown files, stay.
     unsure = {x.known.sha256 for _, x in outcomes if x.known and x.known.bad_tags}
     unread = {folder for folder, x in outcomes if not x.known and not os.path.exists(x.path)}
-    unread |= {path.name for path in _list_broken(people)}
+    entries = list_entries(people) if os.path.isdir(people) else []
+    unread |= {path.name for path in entries if not os.path.exists(path)}  # broken links
     places = {os.path.realpath(x.path) for _, x in outcomes if x.media}
-    source_of = {x.sha256: x.source.path for x in media}
-    absent, gone = Absent([], {}), dict[Line, None]()
+    source_of = {x.sha256: x.source.path for x in photos}
+    gone, missing = dict[Line, None](), dict[str, str]()
     for x in statements:
         film = str(x.line.film)
         if (film, x.name) in seen or film in unsure:
@@ -505,15 +502,8 @@ def find_absent(
         if forget_missing or is_replaced or (is_shown and not waits):
             gone[Line(says="gone", film=film, name=x.name)] = None
         elif x.person:
-            absent.missing[said.find_root(x.person)] = x.name
-    absent.gone.extend(gone)
-    return absent
-
-
-def _list_broken(people: Path) -> list[Path]:
-    """Returns the links in the folder of photos whose targets are missing."""
-    entries = list_entries(people) if os.path.isdir(people) else []
-    return [path for path in entries if path.is_symlink() and not path.exists()]
+            missing[said.find_root(x.person)] = x.name
+    return Absent([*gone], missing)
 
 
 def _is_deleted(path: Path) -> bool:
@@ -533,31 +523,30 @@ class Doubtful(NamedTuple):
 
 
 def find_doubtful(
-    state: State, faces: Sequence[tuple[str, FoundFace]], twins: Collection[str], people: Path
+    state: State, faces: Sequence[tuple[str, str | None, FoundFace]], people: Path
 ) -> Doubtful:
-    """Finds photos that may show a wrong person.
+    """Finds photos that may show a wrong person, and photos in the folders of two people.
 
-    `state` is a gallery in which the photos are enrolled; `faces` are the faces with their names in
-    this gallery. `twins` are names of faces in photos that are in the folders of two people. All
-    photos of a person are left out if some seem to show another person, but it is unclear which
-    photos.
+    `state` is a gallery in which the photos are enrolled. `faces` are the clip in this gallery, the
+    person and the face. All photos of a person are left out if some seem to show another person,
+    but it is unclear which photos.
     """
-    path_of = {clip: x.path for clip, x in faces}
-    doubtful, unused, texts = doubts.Doubts({}, {}, []), set(twins), list[str]()
-    if card_notes.compare(state).problem != "blind":
-        doubtful = doubts.find_doubtful_photos(state, twins)
+    path_of = {clip: x.path for clip, _, x in faces}
+    people_of = group_by_key((x.clip, person) for _, person, x in faces)
+    names_of = group_by_key((x.clip, x.person) for _, _, x in faces)
+    twins = {clip for clip, _, x in faces if len({*people_of[x.clip]}) > 1}
+    unused, texts, doubtful = {*twins}, list[str](), doubts.find_doubtful_photos(state, twins)
 
     def locate(clip: str) -> str:
         path = path_of.get(clip, Path(clip))
         return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
 
-    names_of = group_by_key((x.clip, x.person) for clip, x in faces if clip in twins)
-    for clip, x in sorted(faces, key=lambda pair: pair[1].path):
+    for clip, _, x in sorted(faces, key=lambda of_face: of_face[-1].path):
         if clip in twins:
             others = ", ".join(map(show, sorted({*names_of[x.clip]} - {x.person})))
-            about = f"{x.path} is also a photo of {others}, so it is not used: delete the wrong"
-            texts.append(f"{about} copy")
-        elif clip in doubtful.photos and clip in state.clips:
+            about = f"{x.path} is also a photo of {others}, so it is not used"
+            texts.append(f"{about}: delete the wrong copy")
+        elif clip in doubtful.photos:
             name, like = show(str(state.clips[clip].identity)), doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if x.photo.tags else "move it"
@@ -633,8 +622,6 @@ def enrol_folder(
         vector_of = {clip: x.vector for clip, x in select_usable_clips(vectors).items()}
     names = _name_clips(found.faces)
     faces = {names[x.clip, x.person]: x for x in found.faces if x.track.clip in vector_of}
-    owners = group_by_key((x.clip, clip) for clip, x in faces.items())
-    twins = {clip for clips in owners.values() if len(clips) > 1 for clip in clips}
     with gallery.change() as draft:
         before = group_by_key(
             (x.person, label) for clip, x in faces.items()
@@ -647,16 +634,14 @@ def enrol_folder(
         }  # fmt: skip
         new, unchanged = _add(draft, entries, faces, found, tell)
         state = card_notes.judge(draft.finish()[0], found.list_mirrored())
-        doubtful = find_doubtful(state, [*faces.items()], twins, people)
-        left = faces.keys() & doubtful.unused
-        draft.remove(clip=left & draft.clips.keys())
-        new, unchanged = new - left, unchanged - left
+        doubtful = find_doubtful(state, [(clip, x.person, x) for clip, x in faces.items()], people)
+        draft.remove(clip=doubtful.unused & draft.clips.keys())
+        new, unchanged = new - doubtful.unused, unchanged - doubtful.unused
+        if draft.clips.keys() <= entries.keys():  # no photo of another call is missing
+            draft.origin = card_notes.judge(draft.finish()[0], found.list_mirrored()).origin
     lost = map(show, sorted(x for x in found.names if labels[x] not in gallery))
     for x in lost:
         tell(Note(f"{x} cannot be recognised: no photo of {x} can be used"))
-    if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
-        with gallery.change() as draft:
-            draft.origin = card_notes.judge(draft.present, found.list_mirrored()).origin
     advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
     for text in doubtful.notes:
         tell(Note(text))

@@ -314,10 +314,9 @@ def _follow_photos(
     first = photos.list_statements(found.faces, stated, stated.unused, said)
     enrolled = enrol(faces.state, faces, Said([*lines, *absent.gone, *first], everything))
     enrolled = card_notes.judge(enrolled, found.list_mirrored())
-    twins = {clip for clip, why in stated.unused.items() if why == "twin"}
-    pairs = [(x.clip, x) for x in found.faces]
-    doubtful = photos.find_doubtful(enrolled, pairs, twins, people)
-    unused = doubtful.unused | stated.unused.keys()
+    of_faces = [(x.clip, stated.person_of[x.clip, x.person], x) for x in found.faces]
+    doubtful = photos.find_doubtful(enrolled, of_faces, people)
+    unused = doubtful.unused | stated.unused
     new = [*absent.gone, *photos.list_statements(found.faces, stated, unused, said)]
     log.append(out, new)
     for note in (*stated.notes, *map(Note, doubtful.notes)):
