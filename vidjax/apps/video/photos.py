@@ -340,7 +340,7 @@ def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
     name; else to the person who has this name now; else to a new person. If a folder was renamed,
     its person gets the new name. If the photos of a folder have two people, they name nobody.
     """
-    found, renamed = Statements([], {}, set(), []), dict[str, str]()  # person -> new name
+    found = Statements([], {}, set(), [])
     before = {  # clip -> name of an earlier folder or tag -> person
         x.clip: {
             name: old.person and said.find_root(old.person)
@@ -349,41 +349,55 @@ def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
         for x in faces
     }
     kept = {x.person for x in faces if x.person in before[x.clip]}
-    clips_of = group_by_key((x.person, x.clip) for x in faces)
-    came_of = dict[str, list[str]]()  # name of a folder -> people of folders that are gone
-    for name, clips in clips_of.items():
-        pairs = (pair for clip in clips for pair in before[clip].items())
+    faces_of = group_by_key((x.person, x) for x in faces)
+    # Name of a folder -> people of its photos, and people whose photos came from folders that are
+    # gone.
+    here_of, came_of = dict[str, list[str | None]](), dict[str, list[str]]()
+    for name, of in faces_of.items():
+        pairs = [pair for x in of for pair in before[x.clip].items()]
+        here_of[name] = [*dict.fromkeys(person for old, person in pairs if old == name)]
         came_of[name] = [*dict.fromkeys(x for old, x in pairs if x and old not in kept)]
-    for name, clips in clips_of.items():
-        came = came_of[name]
-        owners = [x for x, others in came_of.items() if {*others} & {*came}]
-        people = [*dict.fromkeys(before[clip][name] for clip in clips if name in before[clip])]
-        if name == STRANGERS:
-            people = [None]
-        elif not people and len(came) == len(owners) == 1:
-            people = [*came]
-            renamed[came[0]] = name
-        elif not people and len(came) > 1:
-            people = [*came]
-        found.person_of.update({(clip, name): person for clip in clips for person in people[:1]})
+    moves = Counter(itertools.chain(*came_of.values()))
+    renamed = {
+        came[0]: name for name, came in came_of.items()
+        if len(came) == 1 and moves[came[0]] == 1 and not here_of[name] and name != STRANGERS
+    }  # fmt: skip
+    for name, of in faces_of.items():
+        people = [None] if name == STRANGERS else here_of[name]
+        if not people and (len(came_of[name]) > 1 or name in renamed.values()):
+            people = [*came_of[name]]
+        if not people:
+            person, is_new = _find_person(name, of, renamed, said)
+            people = [person]
+            found.lines.extend([Line(says="person", person=person, name=name)] * is_new)
+        found.person_of.update({(x.clip, name): people[0] for x in of})
         if len(people) > 1:
-            own = {(clip, name): x for clip in clips for x in before[clip].values() if x}
+            own = {(x.clip, name): y for x in of for y in before[x.clip].values() if y}
             _leave_out_folder(found, name, own, said)
-            found.unused.update(clips)
-    for name, clips in clips_of.items():
-        if (clips[0], name) not in found.person_of:
-            photos = [x.photo.sha256 for x in faces if x.person == name]
-            past = {said.find_root(said.photo_of.get((film, name), "")) for film in photos}
-            past = {*filter(said.call, past)}
-            people = [*(past if len(past) == 1 else ()), *said.find_people(name)]
-            people = [x for x in people if x not in renamed]
-            person = people[0] if people else log.make_key()
-            found.person_of.update(dict.fromkeys(((clip, name) for clip in clips), person))
-            found.lines.extend([Line(says="person", person=person, name=name)] * (not people))
+            found.unused.update(x.clip for x in of)
     for person, name in renamed.items():
-        _rename(found, person, name, renamed, said)
-    _describe_split(found, came_of, said, out)
+        others = [x for x in said.find_people(name) if x not in renamed]
+        # If another person has this name now, the photos show this person.
+        found.lines.extend(Line(says="merge", person=person, other=other) for other in others[:1])
+        # The line is needed also for an equal name: a user may undo the step that gave this name.
+        found.lines.append(Line(says="person", person=person, name=name))
+    found.notes.extend(_describe_moves(came_of, renamed, said, out))
     return found
+
+
+def _find_person(
+    name: str, faces: Sequence[FoundFace], renamed: Collection[str], said: Said
+) -> tuple[str, bool]:
+    """Returns the person of a folder without known photos, and whether the person is new.
+
+    For the rules, see `assign`. `faces` are in the folder. `renamed` are people who get other
+    names.
+    """
+    past = {said.find_root(said.photo_of.get((x.photo.sha256, name), "")) for x in faces}
+    past = {*filter(said.call, past)}
+    people = [*(past if len(past) == 1 else ()), *said.find_people(name)]
+    people = [x for x in people if x not in renamed]
+    return (people[0], False) if people else (log.make_key(), True)
 
 
 def _leave_out_folder(
@@ -401,40 +415,27 @@ def _leave_out_folder(
     ))  # fmt: skip
 
 
-def _rename(
-    found: Statements, person: str, name: str, renamed: Mapping[str, str], said: Said
-) -> None:
-    """Gives a person the new name of the folder of the person's photos."""
-    old = said.call(person)
-    others = [x for x in said.find_people(name) if x not in renamed]
-    # If another person has this name now, the photos show this person.
-    found.lines.extend(Line(says="merge", person=person, other=other) for other in others[:1])
-    # The line is needed also for an equal name: a user may undo the step that gave this name.
-    found.lines.append(Line(says="person", person=person, name=name))
-    if old == name:
-        return
-    text = f"all photos of {show(old)} now belong to {show(name)}"
-    if count := len([*said.list_named(old)]):
-        text += f". {messages.count(count, 'face')} that you named {show(old)} got the name "
-        text += show(name)
-    found.notes.append(Note(text, warning=False))
+def _describe_moves(
+    came_of: Mapping[str, Sequence[str]], renamed: Mapping[str, str], said: Said, out: Path
+) -> Iterator[Note]:
+    """Yields notes about people whose photos are in other folders now.
 
-
-def _describe_split(
-    found: Statements, came_of: Mapping[str, Sequence[str]], said: Said, out: Path
-) -> None:
-    """Notes whose photos went to the folders of several people: typed names stay as they are."""
-    for person, names in group_by_key(
-        (x, name) for name, of in came_of.items() for x in of
-    ).items():
-        old = said.call(person)
-        if len(names) > 1 and (count := len(said.list_named(old))):
-            others = messages.list_some([*map(show, sorted(names))])
-            faces, folder = messages.count(count, "face"), shlex.quote(str(out))
-            found.notes.append(Note(
-                f"the photos of {show(old)} now belong to {others}. {faces} that you named "
-                f"{show(old)} kept this name\nto change this name: vidjax review {folder}"
-            ))  # fmt: skip
+    `came_of` is name of a folder -> people whose photos came into it. If photos went to the folders
+    of several people, typed names stay as they are.
+    """
+    pairs = ((person, name) for name, came in came_of.items() for person in came)
+    for person, folders in group_by_key(pairs).items():
+        old, names = said.call(person), messages.list_some([*map(show, sorted(folders))])
+        count = len(said.list_named(old))
+        typed = f". {messages.count(count, 'face')} that you named {show(old)}" if count else ""
+        if renamed.get(person, old) != old:
+            typed += f" got the name {names}" * bool(count)
+            yield Note(f"all photos of {show(old)} now belong to {names}{typed}", warning=False)
+        elif len(folders) > 1 and count:
+            yield Note(
+                f"the photos of {show(old)} now belong to {names}{typed} kept this name\n"
+                f"to change this name: vidjax review {shlex.quote(str(out))}"
+            )
 
 
 def list_statements(
