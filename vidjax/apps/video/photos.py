@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax.apps.gallery import card_notes
-from vidjax.apps.gallery.changes import Draft, check_person
+from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import State, StoredClip
@@ -536,7 +536,8 @@ def find_doubtful(
     people_of = group_by_key((x.clip, person) for _, person, x in faces)
     names_of = group_by_key((x.clip, x.person) for _, _, x in faces)
     twins = {clip for clip, _, x in faces if len({*people_of[x.clip]}) > 1}
-    unused, texts, doubtful = {*twins}, list[str](), doubts.find_doubtful_photos(state, twins)
+    doubtful, texts = doubts.find_doubtful_photos(state, twins), list[str]()
+    unused = {*twins}
 
     def locate(clip: str) -> str:
         path = path_of.get(clip, Path(clip))
@@ -621,8 +622,8 @@ def enrol_folder(
         clips = [x.track.clip for x in found.faces]
         vectors = clip_inputs.embed_clips(gallery.backend, out / PEOPLE, clips)
         vector_of = {clip: x.vector for clip, x in select_usable_clips(vectors).items()}
-    names = _name_clips(found.faces)
-    faces = {names[x.clip, x.person]: x for x in found.faces if x.track.clip in vector_of}
+    named = _name_clips(found.faces).items()
+    faces = {clip: x for clip, x in named if x.track.clip in vector_of}
     with gallery.change() as draft:
         before = group_by_key(
             (x.person, label) for clip, x in faces.items()
@@ -633,15 +634,23 @@ def enrol_folder(
             clip: StoredClip(labels[x.person], vector_of[x.track.clip])
             for clip, x in faces.items()
         }  # fmt: skip
-        new, unchanged = _add(draft, entries, faces, found, tell)
+        unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
+        new = set[str]()
+        for clip in sorted(entries.keys() - unchanged):
+            try:
+                draft.add({clip: entries[clip]})
+                new.add(clip)
+            except UserError as error:
+                path = faces[clip].path
+                problem, _, found.failed[str(path)] = str(error).partition("\n")
+                tell(Note(f"{path}: {problem}"))
         state = card_notes.judge(draft.finish()[0], found.list_mirrored())
         doubtful = find_doubtful(state, [(clip, x.person, x) for clip, x in faces.items()], people)
         draft.remove(clip=doubtful.unused & draft.clips.keys())
         new, unchanged = new - doubtful.unused, unchanged - doubtful.unused
         if draft.clips.keys() <= entries.keys():  # no photo of another call is missing
             draft.origin = card_notes.judge(draft.finish()[0], found.list_mirrored()).origin
-    lost = map(show, sorted(x for x in found.names if labels[x] not in gallery))
-    for x in lost:
+    for x in map(show, sorted(x for x in found.names if labels[x] not in gallery)):
         tell(Note(f"{x} cannot be recognised: no photo of {x} can be used"))
     advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
     for text in doubtful.notes:
@@ -649,43 +658,19 @@ def enrol_folder(
     return PhotoEnrolment(len(new), len(unchanged), found.failed)
 
 
-def _add(
-    draft: Draft,
-    entries: Mapping[str, StoredClip],
-    faces: Mapping[str, FoundFace],
-    found: FoundPhotos,
-    tell: Tell,
-) -> tuple[set[str], set[str]]:
-    """Adds clips to a gallery; returns the new clips, and the clips that are there already.
+def _name_clips(faces: Iterable[FoundFace]) -> dict[str, FoundFace]:
+    """Returns name of the clip in a gallery, such as `Ada/IMG_1.f02`, -> face.
 
-    If the gallery refuses a clip, the photo is added to `found.failed`.
+    Of copies of a photo of a person, only the first is named.
     """
-    unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
-    new = set[str]()
-    for clip in sorted(entries.keys() - unchanged):
-        try:
-            draft.add({clip: entries[clip]})
-            new.add(clip)
-        except UserError as error:
-            path = faces[clip].path
-            problem, _, found.failed[str(path)] = str(error).partition("\n")
-            tell(Note(f"{path}: {problem}"))
-    return new, unchanged
-
-
-def _name_clips(faces: Iterable[FoundFace]) -> dict[tuple[str, str], str]:
-    """Returns (clip, person) -> name of the face in a gallery, such as `Ada/IMG_1.f02`."""
-    names, taken = dict[tuple[str, str], str](), set[str]()
-    for x in faces:
+    named = dict[str, FoundFace]()
+    for x, *_ in group_by_key(((x.clip, x.person), x) for x in faces).values():
         _, dot, number = x.track.clip.partition(".")
-        stem = media.make_stem(x.path)
-        name = f"{x.folder}/{stem}{dot}{number}"
-        if name in taken:
-            name = f"{x.folder}/{stem}~{x.photo.sha256[:8]}{dot}{number}"
-        if (x.clip, x.person) not in names:
-            names[x.clip, x.person] = name
-            taken.add(name)
-    return names
+        stem = f"{x.folder}/{media.make_stem(x.path)}"
+        if f"{stem}{dot}{number}" in named:
+            stem = f"{stem}~{x.photo.sha256[:8]}"
+        named[f"{stem}{dot}{number}"] = x
+    return named
 
 
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
