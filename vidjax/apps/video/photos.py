@@ -35,7 +35,6 @@ from vidjax.utils.terminal import Progress
 
 # The flags of `vidjax who` and of other commands that name the folder of photos.
 WHO_FLAG, PHOTOS_FLAG = "--people", "--photos"
-MISFIT_REMEDY = "this photo is not used. Tag its faces again"
 
 
 class FoundFace(NamedTuple):
@@ -172,10 +171,7 @@ def check_folder(
 
 
 def extract(
-    photos: Mapping[str, Sequence[Path]],
-    out: Path,
-    tell: Tell,
-    **options: Any,  # noqa: ANN401
+    photos: Mapping[str, Sequence[Path]], out: Path, tell: Tell, options: Mapping[str, Any]
 ) -> dict[str, list[FileOutcome]]:
     """Extracts features of photos into `OUT/people`; returns name of a folder -> outcomes.
 
@@ -206,21 +202,19 @@ def find_faces(
     """
     found, faces, notes = FoundPhotos(outcomes, [], {}, set()), list[FoundFace](), list[str]()
     for folder, of in outcomes.items():
-        names, tags = set[str](), set[str]()
         for outcome in of:
             usable, problems = _check_photo(folder, outcome)
             faces += usable
             place = str(outcome.path)
             notes += [x if place in x else f"{place}: {x}" for x in problems if x]
-            tagged = outcome.known.tags if outcome.known else set[str]()
-            names |= tagged or {folder}
-            tags |= tagged
             if not (usable and outcome.media):
                 found.failed[place] = outcome.remedy
+        tags = [outcome.known.tags if outcome.known else set[str]() for outcome in of]
+        found.names.update(*tags)
         # A folder of photos in which other people are tagged is not a person.
-        if tags and folder not in {*tags, *known, *(face.person for face in faces)}:
-            names.discard(folder)
-        found.names.update(names)
+        people_shown = {face.person for face in faces}
+        if not any(tags) or (not all(tags) and folder in {*known, *people_shown}):
+            found.names.add(folder)
         notes += _describe_foreign_tags(people, folder, of)
     faces, poor = _leave_out_poor(faces)
     found = found._replace(faces=faces)
@@ -240,7 +234,7 @@ def _check_photo(folder: str, outcome: FileOutcome) -> tuple[list[FoundFace], li
         return [], [outcome.error]
     problems = [outcome.error, photo.bad_tags]
     if photo.misfit:
-        problems.append(f"{photo.misfit}: {MISFIT_REMEDY}")
+        problems.append(f"{photo.misfit}: this photo is not used. Tag its faces again")
     elif photo.tags:
         tracks = [track for track in photo.tracks if track.name]
         problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
@@ -461,17 +455,13 @@ def list_statements(
     return lines
 
 
-class Absent(NamedTuple):
-    """Statements about photos that are no longer in the folder of photos."""
-
-    gone: list[Line]  # lines that take the statements back
-    missing: dict[str, str]  # person with photos that may be on another drive -> name
-
-
 def find_absent(
     people: Path, found: FoundPhotos, photos: Iterable[MediaFile], said: Said, forget_missing: bool
-) -> Absent:
+) -> tuple[list[Line], dict[str, str]]:
     """Finds photos that were deleted or moved, and photos that may be on another drive.
+
+    Returns lines that take back the statements about the former, and person with missing photos ->
+    name of the folder or face tag.
 
     A photo was deleted if the folder of photos still shows another file that vidjax knows, or if
     another photo is at its place. If `forget_missing` is True, all photos that cannot be found were
@@ -504,7 +494,7 @@ def find_absent(
             gone[Line(says="gone", film=film, name=x.name)] = None
         elif x.person:
             missing[said.find_root(x.person)] = x.name
-    return Absent([*gone], missing)
+    return [*gone], missing
 
 
 def _is_deleted(path: Path) -> bool:
@@ -536,12 +526,10 @@ def find_doubtful(
     people_of = group_by_key((x.clip, person) for _, person, x in faces)
     names_of = group_by_key((x.clip, x.person) for _, _, x in faces)
     twins = {clip for clip, _, x in faces if len({*people_of[x.clip]}) > 1}
-    doubtful, texts = doubts.find_doubtful_photos(state, twins), list[str]()
-    unused = {*twins}
+    doubtful, unused, texts = doubts.find_doubtful_photos(state, twins), {*twins}, list[str]()
 
     def locate(clip: str) -> str:
-        path = path_of.get(clip, Path(clip))
-        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
+        return show(str(path_of[clip].relative_to(people)) if clip in path_of else clip)
 
     for clip, _, x in sorted(faces, key=lambda of_face: of_face[-1].path):
         if clip in twins:
@@ -596,8 +584,8 @@ def read_folder(people: Path, out: Path, models: Path, workers: int, tell: Tell)
     total = sum(map(len, photos.values()))
     bar = Progress(total, unit="photo", label="photos", leave=False)
     with contextlib.closing(bar):
-        done = lambda _: bar.advance(1)  # noqa: E731
-        outcomes = extract(photos, out, tell, models=models, workers=workers, done=done)
+        options = {"models": models, "workers": workers, "done": lambda _: bar.advance(1)}
+        outcomes = extract(photos, out, tell, options)
     return find_faces(people, outcomes, (), tell, PHOTOS_FLAG)
 
 

@@ -160,7 +160,7 @@ def name_people(
         said, found = Said(log.read(out)), FoundPhotos({}, [], {}, set())
         if folder is not None:
             photos.check_folder(folder, paths_of, out, said, forget_missing)
-            outcomes = photos.extract(paths_of, out, note, **options)
+            outcomes = photos.extract(paths_of, out, note, options)
             known = {said.call(x.person) for x in said.list_photos() if x.person}
             found = photos.find_faces(folder, outcomes, known, note)
             _check_photos(folder, found, said, note)
@@ -310,30 +310,30 @@ def _follow_photos(
     everything, lines = [*faces.films, *faces.photos], log.read(out)
     said = Said(lines, everything)
     stated = photos.assign(found.faces, said, out)
-    absent = photos.find_absent(people, found, faces.photos, said, forget_missing)
+    gone, missing = photos.find_absent(people, found, faces.photos, said, forget_missing)
     first = photos.list_statements(found.faces, stated, stated.unused, said)
-    enrolled = enrol(faces.state, faces, Said([*lines, *absent.gone, *first], everything))
+    enrolled = enrol(faces.state, faces, Said([*lines, *gone, *first], everything))
     enrolled = card_notes.judge(enrolled, found.list_mirrored())
     of_faces = [(x.clip, stated.person_of[x.clip, x.person], x) for x in found.faces]
     doubtful = photos.find_doubtful(enrolled, of_faces, people)
     unused = doubtful.unused | stated.unused
-    new = [*absent.gone, *photos.list_statements(found.faces, stated, unused, said)]
+    new = [*gone, *photos.list_statements(found.faces, stated, unused, said)]
     log.append(out, new)
     for note in (*stated.notes, *map(Note, doubtful.notes)):
         tell(note)
-    _report_missing(people, absent.missing, said, tell)
+    _report_missing(people, missing, said, tell)
     before, after = said, Said([*lines, *new], everything)
     notes = _forget(out, before, after, found, forget_missing)
-    found.names.update(said.call(person) for person in absent.missing)
+    found.names.update(said.call(person) for person in missing)
     is_new = {x.clip for x in found.faces} - before.photos.keys()
     names = {x.identity for clip, x in enrolled.clips.items() if clip in is_new and x.identity}
     advise_other_films(enrolled, sorted(map(str, names)))
-    _remove_photos(out, found, forget_missing or not absent.missing)
+    _remove_photos(out, found, forget_missing or not missing)
     origin = enrolled.origin
     return (
         faces._replace(state=faces.state._replace(origin=origin)),
         doubtful.is_alike,
-        [*absent.missing.values()],
+        [*missing.values()],
         notes,
     )
 
