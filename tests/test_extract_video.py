@@ -117,9 +117,8 @@ def test_only_orientations_from_1_to_8_are_read(tmp_path):
     for number in range(10):
         stored = np.ascontiguousarray(xmp.STORED.get(number, xmp.STORED[1])(corner()))
         (tmp_path / "a.jpg").write_bytes(films.photo(stored, "mjpeg", orientation=number))
-        rgb, orientation = (
-            read(tmp_path / "a.jpg") for read in (films.read_photo, pictures.read_orientation)
-        )
+        rgb = films.read_photo(tmp_path / "a.jpg")
+        orientation = pictures.read_orientation(tmp_path / "a.jpg")
         assert orientation == (number if 1 <= number <= 8 else 1)
         assert rgb.shape == (120, 160, 3) and red_corners(rgb) == [0]
 

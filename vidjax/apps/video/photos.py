@@ -212,8 +212,8 @@ def find_faces(
         tags = [outcome.known.tags if outcome.known else set[str]() for outcome in of]
         found.names.update(*tags)
         # A folder of photos in which other people are tagged is not a person.
-        people_shown = {face.person for face in faces}
-        if not any(tags) or (not all(tags) and folder in {*known, *people_shown}):
+        people_known = {*known, *(face.person for face in faces)}
+        if not any(tags) or (not all(tags) and folder in people_known):
             found.names.add(folder)
         notes += _describe_foreign_tags(people, folder, of)
     faces, poor = _leave_out_poor(faces)
@@ -344,7 +344,7 @@ def assign(faces: Sequence[FoundFace], said: Said, out: Path) -> Statements:
     }
     kept = {x.person for x in faces if x.person in before[x.clip]}
     faces_of = group_by_key((x.person, x) for x in faces)
-    # Name of a folder -> people of its photos, and people whose photos came from folders that are
+    # Name of a folder -> people of its photos, and people whose photos came from a folder that is
     # gone.
     here_of, came_of = dict[str, list[str | None]](), dict[str, list[str]]()
     for name, of in faces_of.items():
@@ -440,8 +440,8 @@ def list_statements(
     # People who were joined may be divided again. So a photo keeps its own key of the person, and
     # a new photo gets the key of the other photos in its folder.
     for x in faces:
-        for old in filter(lambda old: old.person, said.photos.get(x.clip, {}).values()):
-            for place in (x.clip, x.person):
+        for old in said.photos.get(x.clip, {}).values():
+            for place in (x.clip, x.person) if old.person else ():
                 keys.setdefault((place, said.find_root(str(old.person))), str(old.person))
     for x in faces:
         person, old = found.person_of[x.clip, x.person], said.photos.get(x.clip, {}).get(x.person)
@@ -449,8 +449,8 @@ def list_statements(
         before = (old.person and said.find_root(old.person), old.unused) if old else None
         if face and before != (person, is_unused):
             own = (keys.get((place, str(person))) for place in (x.clip, x.person))
-            values = {"person": next(filter(None, own), person), "name": x.person}
-            values["unused"] = is_unused
+            key = next(filter(None, own), person)
+            values = {"person": key, "name": x.person, "unused": is_unused}
             lines.append(log.about(face, "photo", video=x.photo.video, **values))
     return lines
 
