@@ -313,26 +313,12 @@ def count_needed_strangers(fpir: float) -> int:
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
-def check_strangers(count: int, fpir: float) -> None:
-    """Raises UserError if `count` clips of strangers are too few to measure a threshold.
-
-    `fpir` is the false positive identification rate that the user chose.
-    """
-    check_rate("fpir", fpir)
-    if count < count_needed_strangers(fpir):
-        raise UserError(
-            f"fpir={fpir:g} needs at least {count_needed_strangers(fpir):,} clips of strangers, "
-            f"but the gallery has {count:,}\n"
-            "choose a higher fpir, enrol more strangers, or choose a threshold instead"
-        )
-
-
 def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
     `best` [S] float64 is the log-probability of the most probable person for each of S strangers,
     who were compared with `num_identities` people. The caller has checked the number S, see
-    `check_strangers`.
+    `count_needed_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
@@ -358,16 +344,21 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
     Raises UserError if nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
     """
     require_people(state)
+    check_rate("fpir", fpir)
+    strangers, needed = state.strangers, count_needed_strangers(fpir)
+    if len(strangers) < needed:
+        raise UserError(
+            f"fpir={fpir:g} needs at least {needed:,} clips of strangers, but the gallery has "
+            f"{len(strangers):,}\n"
+            "choose a higher fpir, enrol more strangers, or choose a threshold instead"
+        )
 
     def compare() -> np.ndarray:
-        strangers = state.strangers
-        check_strangers(len(strangers), fpir)
         nearest = state.index.nearest(stack_parts(state, strangers), 1)
         # A stranger who equals the centre of all vectors resembles nobody.
         return np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
 
     best = state.index.remember("strangers", compare)
-    check_strangers(len(best), fpir)
     return measure_threshold(best, fpir, len(state.index.names))
 
 
@@ -518,18 +509,10 @@ def group(
     """Groups clips that show the same person. For `apart` and `options`, see `Gallery.group`."""
     vectors, backend = vectors.only(select_usable_clips(vectors)), state.index.backend
     parts = [*vectors.parts.values()]
-    labels = grouping.group(backend, vectors.names, parts, apart, **options)
-    return name_groups(vectors.names, labels)
-
-
-def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names the groups of N clips by size: `unknown 1` is the largest group, and so on.
-
-    `labels` [N] int are the groups of the `clips`. Returns clip -> name of its group.
-    """
-    order = Counter(labels.tolist()).most_common()  # equal counts are in the order of the clips
+    labels = grouping.group(backend, vectors.names, parts, apart, **options).tolist()
+    order = Counter(labels).most_common()  # equal counts are in the order of the clips
     number = {label: place for place, (label, _) in enumerate(order, 1)}
-    return {c: f"{UNKNOWN}{number[label]}" for c, label in zip(clips, labels.tolist(), strict=True)}
+    return {c: f"{UNKNOWN}{number[x]}" for c, x in zip(vectors.names, labels, strict=True)}
 
 
 def parse_group_number(group: str) -> int:

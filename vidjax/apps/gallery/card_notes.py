@@ -183,16 +183,10 @@ def describe(state: State) -> str:
     return f"{text}\n{_advise_to_measure(models)}"
 
 
-def warn(state: State, known: str = "") -> str:
-    """Prints why clips get wrong names or no names, and a remedy; returns the text.
-
-    The text is "" if all is well. A text that equals `known`, the text of an earlier call, is not
-    printed.
-    """
-    problem = _describe_problem(state)
-    if problem not in ("", known):
+def warn(state: State) -> None:
+    """Prints why clips get wrong names or no names, and a remedy, unless all is well."""
+    if problem := _describe_problem(state):
         say(problem, warning=True)
-    return problem
 
 
 def _describe_problem(state: State) -> str:

@@ -425,7 +425,7 @@ class Gallery:
         del vectors
         with self.change(advance) as draft:
             new = draft.add(chosen)
-        people = sorted({clip.identity for clip in chosen.values() if clip.identity})
+        people = sorted({normal_form(x.identity) for x in chosen.values() if x.identity})
         labelling.advise_other_films(state := self.state, people)
         misfits, found = audit(state, chosen)
         rivals = {clip: rival.person for clip, rival in found.items()}

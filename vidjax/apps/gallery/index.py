@@ -260,7 +260,9 @@ class Index:
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
         """Makes an index of the people in all `blocks`. Each person is in a single block."""
         self.backend = backend
-        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in blocks if x.names]
+        nobody = backend.enrol((), np.zeros((0, sum(backend.widths.values()))), np.zeros(0, int))
+        used = [block for block in blocks if block.names] or [nobody]
+        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in used]
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
@@ -285,8 +287,7 @@ class Index:
     @functools.cached_property
     def counts(self) -> np.ndarray:
         """The number of clips of each of N people in each of M modalities, [M, N] int32."""
-        none = np.zeros((len(self.backend.parts), 0), np.int32)
-        return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
+        return np.concatenate([block.num_clips for block in self.blocks], axis=1)
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
@@ -298,7 +299,7 @@ class Index:
             if part.name == "face" and part.distances is not None:
                 counts, deviation = self.counts[number], 0.0
                 with one_thread():
-                    means = self._list_means(number, part.distances)
+                    means = [block.means(number, part.distances) for block in self.blocks]
                     if 1 < np.sum(counts > 0) <= MOST_COMPARED:
                         some = np.concatenate([x.linear for x in means])[counts > 0]
                         pairs = (some @ some.T)[np.triu_indices(len(some), 1)]
@@ -311,25 +312,16 @@ class Index:
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
         """The objects that compute log-likelihood ratios, one for each of M modalities."""
-        return [*map(self._make_scorer, range(len(self.backend.parts)))]
-
-    def _make_scorer(self, number: int) -> "Ratios | DistanceRatios":
-        part = self.backend.parts[number]
-        if part.distances is not None:
-            with one_thread():
-                return DistanceRatios(part, self._list_means(number, part.distances))
-        constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
-        scale = float(self.backend.settings.scale)
-        return Ratios(part, scale, self.counts[number], np.concatenate(constants))
-
-    def _list_means(self, number: int, distances: Distances) -> list[Means]:
-        """Returns the mean vectors of people in modality `number`: a `Means` for each `Block`.
-
-        If nobody is enrolled, returns a single `Means` without people.
-        """
-        means = [block.means(number, distances) for block in self.blocks]
-        nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)
-        return means or [Means(distances, *nobody)]
+        scorers, scale = list[Ratios | DistanceRatios](), float(self.backend.settings.scale)
+        for number, part in enumerate(self.backend.parts):
+            if part.distances is not None:
+                with one_thread():
+                    means = [block.means(number, part.distances) for block in self.blocks]
+                    scorers.append(DistanceRatios(part, means))
+            else:
+                constant = np.concatenate([block.constant[number] for block in self.blocks])
+                scorers.append(Ratios(part, scale, self.counts[number], constant))
+        return scorers
 
     def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
         """Returns a new index: without the people `removed`, and with the people `new`.

@@ -83,10 +83,7 @@ def choose_clips(
         raise UserError(
             "no clip has a label, so nobody can be enrolled\nname the person: --identity=NAME"
         )
-    chosen = {
-        name: clip._replace(identity=clip.identity and check_person(clip.identity))
-        for name, clip in select_usable_clips(vectors).items()
-    }
+    chosen = select_usable_clips(vectors)
     refused = tuple(sorted({*vectors.names} - chosen.keys()))
     if not chosen:
         raise UserError(
