@@ -246,7 +246,7 @@ def test_misfits_are_the_clips_that_do_not_fit_the_person_without_them(copied):
             )
             sums = [(z.any(axis=1).sum(keepdims=True), z.sum(axis=0, keepdims=True))
                     for z in copied.backend.whiten(rest)]  # fmt: skip
-            group = ratios.of_sums(copied.backend, sums, np.ones(1), ratios.invert(copied.backend))
+            group = ratios.of_sums(copied.backend, sums, np.ones(1))
             one = ratios.of_clips(copied.backend, x)
             (ratio,), shared = ratios.compare(copied.backend, one, group)
             listed = shared.any() and ratio < -np.log(10)

@@ -81,7 +81,7 @@ def _compare_with_rest(
     Yields for blocks of N clips: their names, the clips, the other clips, and the log ratios [N].
     """
     people = sorted({str(state.clips[name].identity) for name in clips})
-    backend, inverses = state.index.backend, ratios_lib.invert(state.index.backend)
+    backend = state.index.backend
     for at in range(0, len(people), MAX_BLOCK_PEOPLE):
         block = people[at : at + MAX_BLOCK_PEOPLE]
         names = [name for person in block for name in state.clips_of[person]]
@@ -91,7 +91,7 @@ def _compare_with_rest(
             count, total = sum_by_owner(x, owner, len(block))
             others.append((count[owner] - x.any(axis=1), total[owner] - x))
         each = ratios_lib.of_clips(backend, parts)
-        rest = ratios_lib.of_sums(backend, others, np.ones(len(names)), inverses)
+        rest = ratios_lib.of_sums(backend, others, np.ones(len(names)))
         yield names, each, rest, ratios_lib.compare(backend, each, rest)[0]
 
 
@@ -117,6 +117,6 @@ def _compare_with(state: State, person: str, *groups: Summary) -> Iterator[float
     backend = state.index.backend
     white = backend.whiten(stack_parts(state, state.clips_of[person]))
     sums = [(x.any(axis=1).sum(keepdims=True), x.sum(axis=0, keepdims=True)) for x in white]
-    clips = ratios_lib.of_sums(backend, sums, np.ones(1), ratios_lib.invert(backend))
+    clips = ratios_lib.of_sums(backend, sums, np.ones(1))
     for group in groups:
         yield float(ratios_lib.compare(backend, group, clips)[0][0])

@@ -14,6 +14,7 @@ So the rounding errors, which depend on the order of people and clips, change an
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 MOST_SHARED = 0.25
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
     """The parameters of the comparison in one modality, such as face."""
 
     name: str  # the modality, or `embedding`
@@ -48,6 +50,12 @@ class Part(NamedTuple):
     def may_be_offscreen(self) -> bool:
         """True for `audio` vectors of an embedding net, because the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
+
+    @functools.cached_property
+    def inverse(self) -> np.ndarray:
+        """The inverse [D, D] of `Space.transform`. Only PLDA has it."""
+        assert self.space is not None
+        return np.linalg.inv(self.space.transform)
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
         """Returns the PLDA coordinates [N, D] of unit vectors x [N, D]. Without PLDA, returns x."""
@@ -199,17 +207,15 @@ def fit(
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
-        width = x.shape[1]
-        part = Part(name, np.zeros(width), make_blank_space(width))
+        centre, space = np.zeros(x.shape[1]), make_blank_space(x.shape[1])
         if present.any():
             x = np.asarray(x[present], np.float64)
             if not centred:
-                part = part._replace(centre=settings.centred * x.mean(axis=0))
-            u = unit(part, x)
+                centre = settings.centred * x.mean(axis=0)
+            u = unit(Part(name, centre), x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
             space = two_covariance.fit(sums._asdict(), settings, least_within)
-            part = part._replace(space=space)
-        parts.append(part)
+        parts.append(Part(name, centre, space))
     return Backend(tuple(parts), settings)
 
 

@@ -81,7 +81,7 @@ def adopt(draft: Draft, models: str | Path) -> None:
     """Adds modalities, such as voices, to a gallery whose vectors nets compute.
 
     The folder `models` contains the nets of the gallery, and nets for the new modalities. Enrolled
-    clips lack the new modalities until `Draft.complete` adds them. If only the numbers in the
+    clips lack the new modalities until `Draft.add` adds them. If only the numbers in the
     card (the JSON file of a net) were measured again, the gallery uses the new numbers.
 
     Raises:

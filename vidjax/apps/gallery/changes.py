@@ -51,14 +51,15 @@ class Draft:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
         `clips` are name -> clip. If a clip is already enrolled for a stranger, it gets the given
-        `identity`. A clip is skipped if it is already enrolled for the given `identity`, or if it
-        is enrolled for a person and the given `identity` is None.
+        `identity`. An enrolled clip that lacks a modality, such as audio, gets the given vector of
+        this modality. A clip is skipped if the person already has it, and if it is enrolled for any
+        person and the given `identity` is None.
 
         Raises:
           UserError: a clip is malformed, or enrolled for another person or with another vector.
             Then no clip is added.
         """
-        width = sum(self.present.index.backend.widths.values())
+        width = sum(self.backend.widths.values())
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
             clip = check_clip(given, clip, width)
@@ -69,26 +70,10 @@ class Draft:
                     "leave out one of them, or rename it"
                 )
             checked[name] = clip
-        new = {
-            name: self.clips.get(name, clip)._replace(identity=clip.identity)
-            for name, clip in checked.items()
-            if self._is_new(name, clip)
-        }
+        merged = {name: self._merge(name, clip) for name, clip in checked.items()}
+        new = {name: x for name, x in merged.items() if x is not self.clips.get(name)}
         self._edit(new)
         return len(new)
-
-    def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds missing modalities, such as voices, to enrolled clips.
-
-        `vectors` are clip -> joined vector of all modalities. Returns the names of the clips that
-        now have these vectors. A clip stays as it is if it is not enrolled, or if its enrolled
-        vector of a modality differs from the given one.
-        """
-        vectors = {strip_ending(name): vector for name, vector in vectors.items()}
-        equal = find_equal(vectors, self.clips, self.present.index.backend)
-        new = [name for name in equal if not np.array_equal(self.clips[name].vector, vectors[name])]
-        self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
-        return equal
 
     def hold(self, clips: Mapping[str, StoredClip]) -> None:
         """Replaces all clips by `clips`, name -> clip."""
@@ -190,24 +175,26 @@ class Draft:
             self._changed_people.add(key)
         return names
 
-    def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if no clip `name` is enrolled, or if it is a stranger's and `clip` is not.
+    def _merge(self, name: str, clip: StoredClip) -> StoredClip:
+        """Returns what is stored for `clip`: the enrolled clip `name` itself if nothing is new.
 
         Raises UserError if `clip` and the enrolled clip `name` contradict each other.
         """
         old = self.clips.get(name)
         if old is None:
-            return True
+            return clip
         if clip.identity is None and old.identity is not None:
-            return False
+            return old
         remedy = "relabel"
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
-        elif old.vector.tobytes() != clip.vector.tobytes():
+        elif not shows_same(self.backend, old, clip):
             remedy, problem = "remove", "with another vector: its features have changed, or another"
             problem += " clip has this name"
+        elif not np.array_equal(old.vector, clip.vector):  # the clip gets another modality
+            return old._replace(identity=clip.identity, vector=clip.vector)
         else:
-            return old.identity != clip.identity
+            return old if old.identity == clip.identity else old._replace(identity=clip.identity)
         raise UserError(
             f"clip '{show(name)}' is already enrolled {problem}\n"
             f"if these are two clips, rename the new clip; if not, {remedy} the enrolled clip"
@@ -269,22 +256,15 @@ def _differ(old: StoredClip, new: StoredClip | None) -> bool:
     return new is None or new.vector is not old.vector
 
 
-def find_equal(
-    vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
-) -> set[str]:
-    """Returns the names of the clips in `vectors` that are enrolled with the same vectors.
+def shows_same(backend: Backend, old: StoredClip, clip: StoredClip) -> bool:
+    """Returns whether `clip` has the vectors of the enrolled clip `old`.
 
-    `vectors` are clip -> joined vector of all modalities. `clips` are the enrolled clips. If an
-    enrolled clip lacks a modality, this modality is not compared.
+    If `old` lacks a modality, such as audio, this modality is not compared.
     """
-    equal = set[str]()
-    for name in vectors.keys() & clips.keys():
-        parts = zip(
-            *map(backend.split, (clips[name].vector[None], vectors[name][None])), strict=True
-        )
-        if all(np.array_equal(x, y) for x, y in parts if x.any()):
-            equal.add(name)
-    return equal
+    if np.array_equal(old.vector, clip.vector):
+        return True
+    parts = zip(*map(backend.split, (old.vector[None], clip.vector[None])), strict=True)
+    return all(np.array_equal(x, y) for x, y in parts if x.any())
 
 
 def _describe_person(identity: str | None) -> str:

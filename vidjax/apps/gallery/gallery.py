@@ -354,10 +354,9 @@ class Gallery:
     def change(self, advance: Advance = ignore_count, *, command: str = "") -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `remove`, `rename` and `relabel` of this class, `add` for clips
-        with vectors, and `complete` for missing modalities of enrolled clips. All changes are
-        written at the end of the block. If the block raises an error, nothing is written. During
-        the block, no other process can change the gallery.
+        The draft has the methods `remove`, `rename` and `relabel` of this class, and `add` for
+        clips with vectors. All changes are written at the end of the block. If the block raises an
+        error, nothing is written. During the block, no other process can change the gallery.
 
         Args:
           advance: shows progress at the end of the block. It is called several times, with the

@@ -73,11 +73,10 @@ class Groups:
           apart: pairs of indices of clips that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
-        self._inverses = ratios_lib.invert(backend)
         sums = [sum_by_owner(x, labels, num) for x in coordinates]
         self.sizes = np.bincount(labels)
         mean_clarity = np.bincount(labels, clarity) / self.sizes
-        self.summary = ratios_lib.of_sums(backend, sums, mean_clarity, self._inverses)
+        self.summary = ratios_lib.of_sums(backend, sums, mean_clarity)
         self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
         self.settled = np.zeros(num, bool)
         self.apart = np.zeros((num, num), bool)
@@ -98,7 +97,7 @@ class Groups:
             count[target] += count[source]
             summary.squares[number][target] = mean[target] @ mean[target]
             summary.noises[number][[target]] = ratios_lib.measure_noise(
-                part, count[[target]], mean[[target]], self._inverses[number]
+                part, count[[target]], mean[[target]]
             )
         shares = self.sizes[pair] / self.sizes[pair].sum()
         summary.clarity[target] = shares @ summary.clarity[pair]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from vidjax.apps.gallery.changes import check_person, find_equal
+from vidjax.apps.gallery.changes import check_person, shows_same
 from vidjax.apps.gallery.store import State, StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.utils import messages
@@ -115,9 +115,11 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
     Returns clip name -> enrolled person, None for a stranger. If an enrolled clip lacks a modality,
     such as face, this modality is not compared.
     """
-    given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
-    equal = find_equal(given, state.clips, state.index.backend)
-    return {name: state.clips[name].identity for name in equal}
+    return {
+        name: old.identity
+        for name, clip in select_usable_clips(vectors).items()
+        if (old := state.clips.get(name)) and shows_same(state.index.backend, old, clip)
+    }
 
 
 def warn_of_similar(folder: Path, names: Mapping[str, str], command: str = "") -> None:

@@ -32,14 +32,10 @@ class Summary(NamedTuple):
     noises: list[np.ndarray]  # M arrays [...], see `measure_noise`
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
-    def take(self, rows: list[int] | slice | tuple[slice, None] | np.ndarray) -> "Summary":
+    def take(self, rows: list[int] | slice | np.ndarray) -> "Summary":
         """Selects groups of clips: `rows` is an index into each array, as in NumPy."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
-
-    def across(self) -> "Summary":
-        """Reshapes [G] groups to [G, 1], so that `compare(x.across(), y)` compares all pairs."""
-        return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
@@ -56,7 +52,6 @@ def of_sums(
     backend: "Backend",
     sums: Sequence[tuple[np.ndarray, np.ndarray]],
     clarity: np.ndarray,
-    inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
     """Returns the statistics of G groups of clips.
 
@@ -65,36 +60,26 @@ def of_sums(
       sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each group,
         and the sum of the vectors of these clips after `Backend.whiten`.
       clarity: [G], the mean clarity of the faces of each group, see `align.measure_clarity`.
-      inverses: the result of `invert`, or None if no modality is compared by PLDA.
     """
     counts = [count for count, _ in sums]
     means = [total / np.maximum(count, 1)[:, None] for count, total in sums]
     squares = [np.vecdot(mean, mean) for mean in means]
-    each = zip(backend.parts, counts, means, inverses or [None] * len(sums), strict=True)
-    return Summary(counts, means, squares, [measure_noise(*x) for x in each], clarity)
+    noises = [*map(measure_noise, backend.parts, counts, means)]
+    return Summary(counts, means, squares, noises, clarity)
 
 
-def invert(backend: "Backend") -> list[np.ndarray | None]:
-    """Returns for each modality the inverse [D, D] of `Space.transform`, or None without PLDA."""
-    return [np.linalg.inv(part.space.transform) if part.space else None for part in backend.parts]
-
-
-def measure_noise(
-    part: "Part", count: np.ndarray, mean: np.ndarray, inverse: np.ndarray | None = None
-) -> np.ndarray:
+def measure_noise(part: "Part", count: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Returns [G]: the variance of the mean of a group, relative to the variance of one clip.
 
     A value is 1 / k for k independent clips, and larger for similar clips. `count` [G] and `mean`
-    [G, D] are the number and the mean of the clips in each group. Only PLDA needs `inverse`, the
-    inverse of `Space.transform`.
+    [G, D] are the number and the mean of the clips in each group.
     """
     num = np.maximum(count, 1)
     if part.space is None:
         assert part.distances is not None
         return 1 / card_backend.effective_count(part.distances, num, np.vecdot(mean, mean))
-    assert inverse is not None
-    units = mean @ inverse + part.space.mean
-    within = float(np.vdot(inverse, inverse))
+    units = mean @ part.inverse + part.space.mean
+    within = float(np.vdot(part.inverse, part.inverse))
     return 1 / two_covariance.count_independent(within, num, num[:, None] * units)
 
 
@@ -117,17 +102,10 @@ def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.
         else:
             assert part.distances is not None
             clarity = np.maximum(x.clarity, y.clarity) if part.name == "face" else 1.0
-            gap = one + other - 2 * _multiply(a, b)
+            gap = one + other - 2 * np.vecdot(a, b)
             ratios = card_backend.pair_log_ratios(part.distances, gap, s + t, clarity)
         if part.may_be_offscreen:
             limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
             ratios = np.where(several, limited, ratios)
         total += np.where(shared[number], ratios, 0)
     return total, shared
-
-
-def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the inner products [...] of vectors [..., D]. The shapes of a and b broadcast."""
-    if a.ndim == 3 and a.shape[1] == 1 and b.ndim == 2:  # as a product of matrices, it is faster
-        return a[:, 0] @ b.T
-    return np.vecdot(a, b)

@@ -143,7 +143,8 @@ def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[
     for split, own in sides_of.items():
         if len(own) == 1:
             continue
-        ratios, _ = ratios_lib.compare(backend, groups.take(people == split).across(), groups)
+        each = (groups.take([side]) for side in np.flatnonzero(people == split))
+        ratios = np.array([ratios_lib.compare(backend, side, groups)[0] for side in each])
         ratios[:, (people == split) | ~is_largest] = -np.inf
         best, is_like = ratios.argmax(1), ratios.max(1) > least
         likes = [

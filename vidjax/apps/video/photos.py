@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax.apps.gallery import card_notes
-from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.changes import check_person, shows_same
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import State, StoredClip
@@ -622,7 +622,10 @@ def enrol_folder(
             clip: StoredClip(labels[x.person], vector_of[x.track.clip])
             for clip, x in faces.items()
         }  # fmt: skip
-        unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
+        unchanged = {
+            clip for clip, x in entries.items()
+            if clip in draft.clips and shows_same(draft.backend, draft.clips[clip], x)
+        }  # fmt: skip
         new = set[str]()
         for clip in sorted(entries.keys() - unchanged):
             try:
