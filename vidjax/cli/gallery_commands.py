@@ -14,7 +14,7 @@ import msgspec
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.answers import Rule
-from vidjax.apps.gallery.changes import find_enrolled
+from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.video import clip_inputs, naming, subtitles
@@ -308,8 +308,7 @@ def _open_for_names(args: argparse.Namespace) -> tuple[Gallery, dict[str, Any], 
 def _enrol(args: argparse.Namespace) -> Result:
     if args.photos:
         return _enrol_photos(args)
-    if args.models:
-        raise UserError("--models has no effect without --photos: leave it out")
+    _refuse(args, "without --photos", "models")
     labels = clip_inputs.read_labels(args.labels) if args.labels else None
     inputs = clip_inputs.list_inputs(args.input or ())
     gallery = _open(args)
@@ -360,9 +359,8 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
         "leave it out. The names of people are the names of folders and photos: "
         "FOLDER/NAME/PHOTO.jpg or FOLDER/NAME.jpg"
     )
-    names = ("clip", "identity", "labels", "strangers", "run")
-    _refuse(args, "with --photos", *names, remedy=remedy)
-    _refuse(args, "with --photos", "overrides")
+    _refuse(args, "with --photos", "overrides", "run")
+    _refuse(args, "with --photos", "clip", "identity", "labels", "strangers", remedy=remedy)
     gallery = _open(args)
     models = clip_inputs.find_models(gallery, args.models)
     workers, tell = num_cores(), terminal.print_note
@@ -524,8 +522,7 @@ def _list(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     people = gallery.people
     if args.identity is not None:
-        name = normal_form(args.identity)
-        people = {name: find_enrolled("identity", name, people)}
+        people = {normal_form(args.identity): find_person(args.identity, people)}
     result = _summarise(gallery, {"identities": {name: len(x) for name, x in people.items()}})
     if args.clips:
         rows = [(name, clip) for name, clips in people.items() for clip in clips]

@@ -41,11 +41,9 @@ class Draft:
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips) or self._has_other_nets()
-
-    def _has_other_nets(self) -> bool:
         old = self.present
-        return self.backend is not old.index.backend or self.origin != old.origin
+        has_other_nets = self.backend is not old.index.backend or self.origin != old.origin
+        return bool(self._changed_clips) or has_other_nets
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
@@ -215,40 +213,38 @@ class Draft:
 
     def finish(
         self, advance: Callable[[int], None] = ignore_count
-    ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
+    ) -> tuple[State, Mapping[str, StoredClip] | None, list[People]]:
         """Returns the arguments `state`, `new` and `people` of `Store.write`.
 
         `people` is a list of blocks of people whose clips have changed. `advance` is called after
         each block of people, with the number of new and changed clips of these people.
         """
-        old = self.present
-        if self.backend is not old.index.backend:
-            args = old.version + 1, self.origin, self.backend, self.clips, old.command
-            return make_state(*args), None, None
+        old, backend, clips = self.present, self.backend, self.clips
+        pairs = [(old.clips.get(name), clips.get(name)) for name in self._changed_clips]
+        # Only new clips, and strangers' clips that got a person, can be added to the file.
+        other = [(x, y) for x, y in pairs if y is None or (x and (x.identity or _differ(x, y)))]
+        if any(x and x.fitted and _differ(x, y) for x, y in other):
+            backend, clips = refit(clips, backend, centred=self.origin.centred)
+        if backend is not old.index.backend:
+            args = old.version + 1, self.origin, backend, clips, old.command
+            return make_state(*args), None, []
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.clips_of.keys() & self._changed_people)
         clips_of = {name: tuple(sorted(self.clips_of[name])) for name in changed}
         self.clips_of |= clips_of
         clips_of.pop(STRANGER, None)
-        of_plda = old.origin.counts_every_clip
-        people = list[People]()
-        for block in enrol(old.index.backend, clips_of, self.clips, of_plda=of_plda):
+        people, of_plda = list[People](), old.origin.counts_every_clip
+        for block in enrol(backend, clips_of, clips, of_plda=of_plda):
             people.append(block)
             advance(sum(len(self._changed_clips.intersection(clips_of[x])) for x in block.names))
         state = old._replace(
             version=old.version + 1,
             index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),
-            clips=self.clips,
+            clips=clips,
             clips_of=self.clips_of,
             origin=self.origin,
         )
-        pairs = [(old.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
-        # Only new clips, and strangers' clips that got a person, can be added to the file.
-        other = [(x, y) for x, y in pairs if y is None or (x and (x.identity or _differ(x, y)))]
-        if any(x and x.fitted and _differ(x, y) for x, y in other):
-            return refit(state), None, None
-        new = {name: self.clips[name] for name in self._changed_clips} if not other else None
-        return state, None if self._has_other_nets() else new, people
+        return state, None if other else {x: clips[x] for x in self._changed_clips}, people
 
 
 def _differ(old: StoredClip, new: StoredClip | None) -> bool:

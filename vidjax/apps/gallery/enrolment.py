@@ -109,17 +109,16 @@ def stack_people(
     return vectors, labels, enrolled
 
 
-def refit(state: State) -> State:
+def refit(
+    clips: Mapping[str, StoredClip], backend: Backend, *, centred: bool
+) -> tuple[Backend, dict[str, StoredClip]]:
     """Fits new parameters of the comparison (PLDA) to the present clips of a gallery.
 
-    Returns the new content of the gallery. No clip that was removed influences the new parameters.
+    Returns the parameters, and the clips. No clip that was removed influences the new parameters.
+    `backend` are the old parameters. For `centred`, see `backend.fit`.
     """
-    fitted = stack_people(state.clips, state.index.backend.widths)
-    backend = backend_lib.fit(*fitted, centred=state.origin.centred)
-    clips = {
-        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
-    }
-    return make_state(state.version, state.origin, backend, clips, state.command)
+    fitted = backend_lib.fit(*stack_people(clips, backend.widths), centred=centred)
+    return fitted, {name: x._replace(fitted=x.identity is not None) for name, x in clips.items()}
 
 
 def make_state(

@@ -195,7 +195,6 @@ class Gallery:
         """
         store, width = Store(folder), check_width(backend)
         clips = {strip_ending(name): check_clip(name, clip, width) for name, clip in clips.items()}
-        store.make_folder()
         state = make_state(1, origin, backend, clips, command)
         store.create(state)
         labelling.warn_of_similar(store.folder, find_similar_names(state.people, ()))

@@ -212,11 +212,6 @@ class Store:
             self.sha256()
             raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
 
-    def make_folder(self) -> None:
-        """Makes the folder of a new gallery. Raises UserError if it contains files."""
-        files.make_folder(self.folder, "gallery:", mode=0o700)
-        self.check_new()
-
     def _advise_on_run(self) -> str:
         """Returns a text: how to make a gallery from the run in the folder. "" without a run."""
         if not files.exists(self.folder / "config.json"):
@@ -320,10 +315,13 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Makes the file, and writes the first content, `state`.
+        """Makes the folder and the file, and writes the first content, `state`.
 
-        The file may exist if it has no tables. Raises UserError if it contains a gallery.
+        The file may exist if it has no tables. Raises UserError if the folder contains other files,
+        or a gallery.
         """
+        files.make_folder(self.folder, "gallery:", mode=0o700)
+        self.check_new()
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
@@ -336,7 +334,7 @@ class Store:
         connection: sqlite3.Connection,
         state: State,
         new: Mapping[str, StoredClip] | None = None,
-        people: Sequence[People] | None = None,
+        people: Sequence[People] = (),
     ) -> State:
         """Writes the content of a gallery, and ends the transaction.
 
@@ -347,15 +345,15 @@ class Store:
           people: the people who differ from the file, in blocks.
 
         Adds `new` and `people` at the end of the tables. Old entries of the same names stay in the
-        file, but are outdated. Writes all rows again if `new` or `people` is None, or if about half
-        of all entries would be outdated.
+        file, but are outdated. Writes all rows again if `new` is None, or if about half of all
+        entries would be outdated.
 
         Returns `state` with the new values of `rows`, `entries` and `sha256`.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
         with _translate_errors(self.path, write=True):
-            if new is not None and people is not None and entries + len(new) < most:
+            if new is not None and entries + len(new) < most:
                 blocks, clips = people, new
             else:
                 rows = entries = 0
