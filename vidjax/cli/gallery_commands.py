@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -17,19 +17,16 @@ from vidjax.apps.gallery.answers import Rule
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.video import clip_inputs, naming, subtitles
 from vidjax.data.clips import SPLITS
+from vidjax.data.dataset import Dataset
 from vidjax.utils import messages, tables, terminal
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.names import normal_form, show
 from vidjax.utils.parser import Parser, describe, whole_number
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.vectors import Vectors
-    from vidjax.data.dataset import Dataset
-
 
 MOST_RIVALS = 3  # clips that seem to show another person and are named in a warning
 Facts = Mapping[str, object]  # of a result, as in `Result`
@@ -279,14 +276,14 @@ def _open(args: argparse.Namespace) -> Gallery:
     return gallery
 
 
-def _load_split(args: argparse.Namespace, gallery: Gallery) -> "Dataset":
+def _load_split(args: argparse.Namespace, gallery: Gallery) -> Dataset:
     from vidjax.runs import config_io
     from vidjax.training.public import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
-def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]":
+def _embed(args: argparse.Namespace, gallery: Gallery) -> tuple[float, Vectors]:
     """Loads the clips of a command, and computes their embeddings.
 
     Returns the value of `time.monotonic()` after loading, and the embeddings.

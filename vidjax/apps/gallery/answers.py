@@ -17,7 +17,7 @@ import numbers
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,13 @@ from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.core import metrics
 from vidjax.data import labels
+from vidjax.data.memory import MemoryClips
+from vidjax.data.packing import Clips
 from vidjax.evaluation import topk
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import is_unknown
-
-if TYPE_CHECKING:
-    from vidjax.data.memory import MemoryClips
-    from vidjax.data.packing import Clips
 
 DEFAULT_FPIR = 0.01  # false positive identification rate, if there are enough strangers
 MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other answers together
@@ -606,7 +604,7 @@ class Identify(bulk.TableTask):
 
     num_doubtful = 0  # of all tables, see `count_doubtful`
 
-    def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
+    def columns(self, clips: MemoryClips | Clips) -> tables.Columns:
         """Returns the answers for `clips` as a table: name of a column -> (type, values)."""
         answers = self.trained.identify(clips, **self.options)
         self.num_doubtful += count_doubtful(answers)

@@ -17,20 +17,18 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 from threadpoolctl import ThreadpoolController
 
+from vidjax.apps.cards import BackEnd
 from vidjax.models import card_backend, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
 from vidjax.utils.json_files import Size, Text
 from vidjax.utils.terminal import say
-
-if TYPE_CHECKING:
-    from vidjax.apps.cards import BackEnd
 
 # The largest `Covariances.shared` with which the gallery of a PLDA run has the settings of the run.
 MOST_SHARED = 0.25
@@ -235,7 +233,7 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
     return min(shared, default=0.0)
 
 
-def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
+def make_card_backend(back_ends: Mapping[str, BackEnd]) -> Backend:
     """Makes the parameters with which a gallery compares clips by distances.
 
     `back_ends` are modality -> the entry `back_end` of the card (the JSON file) of an embedding

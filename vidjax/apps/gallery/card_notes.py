@@ -9,11 +9,12 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
+from vidjax.apps import cards
+from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import check_width
@@ -25,9 +26,6 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.terminal import say
 
-if TYPE_CHECKING:
-    from vidjax.apps.cards import BackEnd
-
 NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
 FEW = "nobody gets a name: at most two people are enrolled, and no faces show that the net fits"
 REFUSED = {"blind": NOBODY, "few": FEW}  # problem -> why nobody gets a name
@@ -38,14 +36,12 @@ TWO_NAMES = "if two names are one person, or a photo shows another person, corre
 LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 
 
-def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
+def read_cards(models: str | Path) -> tuple[VectorOrigin, dict[str, BackEnd]]:
     """Reads the JSON files (cards) that describe the nets in the folder `models`.
 
     Returns a description of the nets, and modality -> distributions of the cosine of two
     embeddings. Raises UserError if no card contains such distributions.
     """
-    from vidjax.apps import cards
-
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = files.local(models).absolute()
     usable = cards.list_embedders(cards.load(path))
@@ -61,13 +57,11 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     return VectorOrigin(str(path), digest, True, digests, unmeasured=default), back_ends
 
 
-def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
+def _read_back_ends(origin: VectorOrigin) -> dict[str, BackEnd]:
     """Returns modality -> `back_end` in the card, the JSON file of a gallery's net.
 
     Returns {} if a card is missing, damaged, or has another `digest` than in `origin`.
     """
-    from vidjax.apps import cards
-
     was = origin.cards
     try:
         found = cards.list_embedders(cards.read_all(Path(origin.workdir))) if was else {}

@@ -38,17 +38,16 @@ from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
     card_notes,
-    labelling,
+    changes,
     run_vectors,
     verification,
 )
 from vidjax.apps.gallery.answers import Answer, Rule, Threshold
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.changes import Draft, check_clip, find_person
+from vidjax.apps.gallery.changes import Draft, Enrolment, check_clip, find_person
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.index import Index
-from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
     STRANGER,
@@ -197,7 +196,7 @@ class Gallery:
         clips = {strip_ending(name): check_clip(name, clip, width) for name, clip in clips.items()}
         state = make_state(1, origin, backend, clips, command)
         store.create(state)
-        labelling.warn_of_similar(store.folder, find_similar_names(state.people, ()))
+        changes.warn_of_similar(store.folder, find_similar_names(state.people, ()))
         return cls(folder, run=run)
 
     def __repr__(self) -> str:
@@ -378,7 +377,7 @@ class Gallery:
                     self._state = state
             finally:
                 self._is_changing = draft.is_open = False
-        labelling.warn_of_similar(self.folder, draft.similar, self.command)
+        changes.warn_of_similar(self.folder, draft.similar, self.command)
 
     def _check_command(self, command: str = "") -> None:
         if self.command not in ("", command):
@@ -415,16 +414,16 @@ class Gallery:
           ValueError: no clip has a person or a usable frame, the features do not fit the gallery,
             or a clip is already enrolled with another person or vector.
         """
-        labelling.check_identities(identities)  # before the vectors are computed
+        changes.check_identities(identities)  # before the vectors are computed
         self._check_command()
         vectors = self.embed(clips, split)
         del clips  # a large table would need the memory twice
-        chosen, refused = labelling.choose_clips(vectors, identities, source, strangers=strangers)
+        chosen, refused = changes.choose_clips(vectors, identities, source, strangers=strangers)
         del vectors
         with self.change(advance) as draft:
             new = draft.add(chosen)
         people = sorted({normal_form(x.identity) for x in chosen.values() if x.identity})
-        labelling.advise_other_films(state := self.state, people)
+        changes.advise_other_films(state := self.state, people)
         misfits, found = audit(state, chosen)
         rivals = {clip: rival.person for clip, rival in found.items()}
         return Enrolment(new, len(chosen) - new, refused, draft.similar, rivals, misfits)

@@ -5,14 +5,12 @@ or by distances, see `backend`. The ratios of all modalities that both groups ha
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from vidjax.apps.gallery.backend import Backend, Part
 from vidjax.models import card_backend, two_covariance
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.backend import Backend, Part
 
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
@@ -38,7 +36,7 @@ class Summary(NamedTuple):
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
 
-def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
+def of_clips(backend: Backend, parts: Sequence[np.ndarray]) -> Summary:
     """Returns a `Summary` of N groups, which `compare` needs. Each group is a single clip.
 
     `parts` are the vectors of the N clips: M arrays [N, D], one for each modality.
@@ -49,7 +47,7 @@ def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
 
 
 def of_sums(
-    backend: "Backend",
+    backend: Backend,
     sums: Sequence[tuple[np.ndarray, np.ndarray]],
     clarity: np.ndarray,
 ) -> Summary:
@@ -68,7 +66,7 @@ def of_sums(
     return Summary(counts, means, squares, noises, clarity)
 
 
-def measure_noise(part: "Part", count: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def measure_noise(part: Part, count: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Returns [G]: the variance of the mean of a group, relative to the variance of one clip.
 
     A value is 1 / k for k independent clips, and larger for similar clips. `count` [G] and `mean`
@@ -83,7 +81,7 @@ def measure_noise(part: "Part", count: np.ndarray, mean: np.ndarray) -> np.ndarr
     return 1 / two_covariance.count_independent(within, num, num[:, None] * units)
 
 
-def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
+def compare(backend: Backend, x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
     """Compares groups of clips x with groups of clips y. The shapes of x and y broadcast to [...].
 
     Returns two arrays: log(p(clips | one person) / p(clips | two people)), [...] float64; and

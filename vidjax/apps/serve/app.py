@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from vidjax.apps.gallery import answers as answers_lib, labelling, verification
+from vidjax.apps.gallery import answers as answers_lib, changes, verification
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import batcher
 from vidjax.apps.serve.batcher import DEFAULT_K, Batcher, Changes, Frames, Question
@@ -162,7 +162,7 @@ class Application(Guard):
             Endpoint("GET", "/v2/health/ready", self.is_ready),
             Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
-            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, labelling.Enrolment),
+            Endpoint("POST", "/enrol", self.enrol, (409, 507), EnrolRequest, changes.Enrolment),
             Endpoint("GET", "/identities", self.identities, (422,), PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, REMOVAL_ERRORS),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, REMOVAL_ERRORS),
@@ -255,7 +255,7 @@ class Application(Guard):
             raise Refused(422, text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
-        labelling.check_identities(people_of_clips)  # before vectors are computed
+        changes.check_identities(people_of_clips)  # before vectors are computed
         if stray := identities.keys() - clips.keys():
             place = f"clip '{show(min(stray))}' is missing: "
             raise Refused(422, "each key of 'identities' must be a key of 'clips'", place=place)

@@ -15,9 +15,8 @@ import numpy as np
 from vidjax.apps import bulk, cards
 from vidjax.apps.gallery.answers import UNKNOWN, Answer, read_groups
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.changes import Enrolment, check_given, check_person, find_known
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import Enrolment, check_given, find_known
 from vidjax.apps.gallery.vectors import NetVectors, Vectors
 from vidjax.apps.video import log, media, naming
 from vidjax.apps.video.media import MediaFile

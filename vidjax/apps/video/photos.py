@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax.apps.gallery import card_notes
-from vidjax.apps.gallery.changes import check_person, shows_same
+from vidjax.apps.gallery.changes import advise_other_films, check_person, shows_same
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import State, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import clip_inputs, digests, doubts, log, media, media_files

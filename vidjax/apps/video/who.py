@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, card_notes
+from vidjax.apps.gallery.changes import advise_other_films
 from vidjax.apps.gallery.enrolment import make_state
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import NoGalleryError, State
 from vidjax.apps.video import (
     heirs,
