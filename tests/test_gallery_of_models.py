@@ -16,7 +16,7 @@ from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.gallery import audit, backend, card_notes, grouping, ratios
+from vidjax.apps.gallery import audit, backend, card_notes, grouping
 from vidjax.apps.gallery.answers import Answer, join_answers, read_groups, write_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Index
@@ -640,8 +640,8 @@ def test_groups_of_photos_are_compared_as_by_an_oracle():
     clarity, d = np.array([1, 0.4, 0.5, 0.3]), BACKEND.parts[0].distances
     assert d
     sums = backend.sum_by_owner(np.concatenate(photos), owner, 4)
-    groups = ratios.of_sums(BACKEND, [sums], clarity)
-    found = np.array([ratios.compare(BACKEND, groups.take([x]), groups)[0] for x in range(4)])
+    groups = BACKEND.summarise([sums], clarity)
+    found = np.array([BACKEND.compare(groups.take([x]), groups)[0] for x in range(4)])
     means, counts = [x.mean(0) for x in photos], np.array([1, 2, 3, 6])
     noise = 1 / card_backend.effective_count(d, counts, np.array([x @ x for x in means]))
     for i, j in ((0, 1), (1, 2), (2, 3), (3, 0)):

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps.gallery import card_notes, ratios as ratios_lib
-from vidjax.apps.gallery.backend import sum_by_owner
+from vidjax.apps.gallery import card_notes
+from vidjax.apps.gallery.backend import LEAST_ODDS, Summary, sum_by_owner
 from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE
-from vidjax.apps.gallery.ratios import LEAST_ODDS, Summary
 from vidjax.apps.gallery.store import State
 from vidjax.utils.names import strip_ending
 from vidjax.utils.terminal import say
@@ -90,9 +89,9 @@ def _compare_with_rest(
         for x in backend.whiten(parts):
             count, total = sum_by_owner(x, owner, len(block))
             others.append((count[owner] - x.any(axis=1), total[owner] - x))
-        each = ratios_lib.of_clips(backend, parts)
-        rest = ratios_lib.of_sums(backend, others, np.ones(len(names)))
-        yield names, each, rest, ratios_lib.compare(backend, each, rest)[0]
+        each = backend.summarise_clips(parts)
+        rest = backend.summarise(others)
+        yield names, each, rest, backend.compare(each, rest)[0]
 
 
 def _find_likes(state: State, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -117,6 +116,6 @@ def _compare_with(state: State, person: str, *groups: Summary) -> Iterator[float
     backend = state.index.backend
     white = backend.whiten(stack_parts(state, state.clips_of[person]))
     sums = [(x.any(axis=1).sum(keepdims=True), x.sum(axis=0, keepdims=True)) for x in white]
-    clips = ratios_lib.of_sums(backend, sums, np.ones(1))
+    clips = backend.summarise(sums)
     for group in groups:
-        yield float(ratios_lib.compare(backend, group, clips)[0][0])
+        yield float(backend.compare(group, clips)[0][0])

@@ -30,8 +30,30 @@ from vidjax.models.two_covariance import Settings, Space, make_blank_space
 from vidjax.utils.json_files import Size, Text
 from vidjax.utils.terminal import say
 
+# We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
+# a voice is at most 9 if the clip also has a face.
+MAX_VOICE_RATIO = np.log(9)
+LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 # The largest `Covariances.shared` with which the gallery of a PLDA run has the settings of the run.
 MOST_SHARED = 0.25
+
+
+class Summary(NamedTuple):
+    """The statistics of groups of clips that `Backend.compare` needs, in M modalities such as face.
+
+    The arrays of groups may have any shape [...], for example [G] for G groups.
+    """
+
+    counts: list[np.ndarray]  # M arrays [...], the numbers of clips that have the modality
+    means: list[np.ndarray]  # M arrays [..., D] float64, the mean coordinates of these clips, or 0
+    squares: list[np.ndarray]  # M arrays [...], the squared lengths of the means
+    noises: list[np.ndarray]  # M arrays [...], see `Part.measure_noise`
+    clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
+
+    def take(self, rows: list[int] | slice | np.ndarray) -> "Summary":
+        """Selects groups of clips: `rows` is an index into each array, as in NumPy."""
+        counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
+        return Summary(counts, means, squares, noises, self.clarity[rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,10 +66,14 @@ class Part:
     distances: Distances | None = None  # the parameters, if vectors are compared by distances
     mean: np.ndarray | None = None  # [D] float64, the mean of all people, if the card contains it
 
-    @property
-    def may_be_offscreen(self) -> bool:
-        """True for `audio` vectors of an embedding net, because the speaker may be off screen."""
-        return self.distances is not None and self.name == "audio"
+    def limit(self, ratios: np.ndarray, several: np.ndarray) -> None:
+        """Limits the log ratios of voices, in place, because the speaker may be off screen.
+
+        This applies to `audio` vectors of an embedding net. `several` is True where other
+        modalities are compared, too.
+        """
+        if self.distances is not None and self.name == "audio":
+            np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
 
     @functools.cached_property
     def inverse(self) -> np.ndarray:
@@ -74,6 +100,20 @@ class Part:
         with one_thread():
             enrolled = two_covariance.enrol(self.space, count, total)
         return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
+
+    def measure_noise(self, count: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Returns [G]: the variance of the mean of a group, relative to the variance of one clip.
+
+        A value is 1 / k for k independent clips, and larger for similar clips. `count` [G] and
+        `mean` [G, D] are the number and the mean of the clips in each group.
+        """
+        num = np.maximum(count, 1)
+        if self.space is None:
+            assert self.distances is not None
+            return 1 / card_backend.effective_count(self.distances, num, np.vecdot(mean, mean))
+        units = mean @ self.inverse + self.space.mean
+        within = float(np.vdot(self.inverse, self.inverse))
+        return 1 / two_covariance.count_independent(within, num, num[:, None] * units)
 
     def arrays(self) -> list[np.ndarray]:
         """Returns all parameters as arrays, in the order in which `from_numbers` reads them."""
@@ -165,6 +205,62 @@ class Backend(NamedTuple):
             constants.append(constant)
             counts.append(count.astype(np.int32))
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
+
+    def summarise_clips(self, parts: Sequence[np.ndarray]) -> Summary:
+        """Returns a `Summary` of N groups. Each group is a single clip.
+
+        `parts` are the vectors of the N clips: M arrays [N, D], one for each modality.
+        """
+        means, ones = self.whiten(parts), np.ones(len(parts[0]))
+        counts = [z.any(axis=1).astype(int) for z in means]
+        squares = [np.vecdot(z, z) for z in means]
+        return Summary(counts, means, squares, [ones] * len(means), ones)
+
+    def summarise(
+        self, sums: Sequence[tuple[np.ndarray, np.ndarray]], clarity: np.ndarray | None = None
+    ) -> Summary:
+        """Returns the statistics of G groups of clips.
+
+        Args:
+          sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each
+            group, and the sum of the vectors of these clips after `whiten`.
+          clarity: [G], the mean clarity of the faces of each group, see `align.measure_clarity`. By
+            default, it is 1.
+        """
+        counts = [count for count, _ in sums]
+        means = [total / np.maximum(count, 1)[:, None] for count, total in sums]
+        squares = [np.vecdot(mean, mean) for mean in means]
+        noises = [*map(Part.measure_noise, self.parts, counts, means)]
+        clarity = np.ones(len(counts[0])) if clarity is None else clarity
+        return Summary(counts, means, squares, noises, clarity)
+
+    def compare(self, x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
+        """Compares groups of clips x with groups y: do the clips of two groups show one person?
+
+        The shapes of x and y broadcast to [...]. The clips may be compared by PLDA or by distances.
+        The ratios of all modalities that both groups have are added.
+
+        Returns two arrays: log(p(clips | one person) / p(clips | two people)), [...] float64; and
+        [M, ...] bool for M modalities, True if both groups have the modality. If two groups have no
+        modality in common, their log ratio is 0.
+        """
+        shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
+        several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])
+        for number, part in enumerate(self.parts):
+            (a, one, s), (b, other, t) = (
+                (each.means[number], each.squares[number], each.noises[number]) for each in (x, y)
+            )
+            if part.space is not None:
+                ratios = two_covariance.pair_log_ratios(part.space, a, s, b, t)
+                ratios = float(self.settings.scale) * ratios
+            else:
+                assert part.distances is not None
+                clarity = np.maximum(x.clarity, y.clarity) if part.name == "face" else 1.0
+                gap = one + other - 2 * np.vecdot(a, b)
+                ratios = card_backend.pair_log_ratios(part.distances, gap, s + t, clarity)
+            part.limit(ratios, several)
+            total += np.where(shared[number], ratios, 0)
+        return total, shared
 
     def numbers(self) -> np.ndarray:
         """Returns all parameters as a flat float64 array, which `from_numbers` reads."""

@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils.names import cut_film_name
@@ -76,7 +75,7 @@ class Groups:
         sums = [sum_by_owner(x, labels, num) for x in coordinates]
         self.sizes = np.bincount(labels)
         mean_clarity = np.bincount(labels, clarity) / self.sizes
-        self.summary = ratios_lib.of_sums(backend, sums, mean_clarity)
+        self.summary = backend.summarise(sums, mean_clarity)
         self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
         self.settled = np.zeros(num, bool)
         self.apart = np.zeros((num, num), bool)
@@ -96,9 +95,8 @@ class Groups:
             mean[target] = count[pair] / max(count[pair].sum(), 1) @ mean[pair]
             count[target] += count[source]
             summary.squares[number][target] = mean[target] @ mean[target]
-            summary.noises[number][[target]] = ratios_lib.measure_noise(
-                part, count[[target]], mean[[target]]
-            )
+            noise = part.measure_noise(count[[target]], mean[[target]])
+            summary.noises[number][[target]] = noise
         shares = self.sizes[pair] / self.sizes[pair].sum()
         summary.clarity[target] = shares @ summary.clarity[pair]
         self.unclear[target] &= self.unclear[source]
@@ -126,7 +124,7 @@ class Groups:
         unclear faces (small or blurred).
         """
         one = self.summary.take([row])
-        total, shared = ratios_lib.compare(self._backend, one, self.summary)
+        total, shared = self._backend.compare(one, self.summary)
         total[~shared.any(axis=0) | (self.sizes == 0) | self.apart[row]] = -np.inf
         if self.unclear[row]:
             total[self.unclear] = -np.inf

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, Part, People, one_thread, sum_by_owner
-from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
 from vidjax.models import card_backend, card_check, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.card_check import Comparison
@@ -413,7 +411,7 @@ class Index:
         if owner is not None:  # only galleries with cards group clips
             num = int(owner.max(initial=-1)) + 1
             sums = [sum_by_owner(x, owner, num) for x in units]
-            groups = ratios_lib.of_sums(self.backend, sums, np.ones(num))
+            groups = self.backend.summarise(sums)
             units, effective = groups.means, [1 / noise for noise in groups.noises]
         for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
             chosen = slice(at, at + MAX_QUERY_CLIPS)
@@ -498,8 +496,7 @@ class Index:
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
             self.scorers[number].finish(ratios, rows, owner, queries.terms[number])
-            if part.may_be_offscreen:
-                np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
+            part.limit(ratios, several)
             unenrolled = self.counts[number, rows] == 0
             if unenrolled.any():
                 np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)

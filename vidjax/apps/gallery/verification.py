@@ -29,7 +29,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from vidjax.apps.gallery import answers as answers_lib, card_notes, grouping, ratios as ratios_lib
+from vidjax.apps.gallery import answers as answers_lib, card_notes, grouping
 from vidjax.apps.gallery.answers import Rule
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
@@ -149,17 +149,17 @@ def pair_strangers(
     """Compares N clips of strangers in N / 2 pairs.
 
     `parts` are the vectors of the clips, M arrays [N, D], one for each modality. Returns the log
-    ratios, and the compared modalities, see `ratios.compare`. A pair that probably shows a single
+    ratios, and the compared modalities, see `Backend.compare`. A pair that probably shows a single
     stranger is avoided, unless there are more than `max_doubles` such pairs.
     """
-    half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
+    half, clips = len(names) // 2, backend.summarise_clips(parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
-    ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
+    ratios, shared = backend.compare(clips.take(first), clips.take(second))
     doubles = np.flatnonzero(ratios > math.log(max(len(names), 1)))
     if 0 < len(doubles) <= min(max_doubles, half - 1):
         for row in doubles:
             second[[row, row - 1]] = second[[row - 1, row]]
-        ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
+        ratios, shared = backend.compare(clips.take(first), clips.take(second))
     return ratios, shared
 
 
@@ -234,11 +234,11 @@ def verify(state: State, rule: Rule, vectors: Vectors, identity: str) -> Verific
     """
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
-    clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, stack_parts(state, names)))
+    clips, known = map(backend.summarise_clips, (parts, stack_parts(state, names)))
     matches = dict[str, Match]()
     made = make_matches(rule, backend, *state.index.ratios(parts, person))
     for row, (clip, match) in enumerate(zip(vectors.names, made, strict=True)):
-        ratios, shared = ratios_lib.compare(backend, clips.take([row]), known)
+        ratios, shared = backend.compare(clips.take([row]), known)
         pairs = zip(names, ratios.tolist(), np.any(shared, axis=0).tolist(), strict=True)
         fits = [(name, ratio) for name, ratio, is_compared in pairs if is_compared]
         best, worst = (f(fits, key=lambda x: x[1], default=None) for f in (max, min))
@@ -267,8 +267,8 @@ def compare(
         if second is None
         else np.divmod(np.arange(count), len(others.names))
     )
-    x, y = (ratios_lib.of_clips(backend, [*v.parts.values()]) for v in (first, others))
-    ratios, shared = ratios_lib.compare(backend, x.take(rows), y.take(columns))
+    x, y = (backend.summarise_clips([*v.parts.values()]) for v in (first, others))
+    ratios, shared = backend.compare(x.take(rows), y.take(columns))
     keys = ((first.names[a], others.names[b]) for a, b in zip(rows, columns, strict=True))
     return dict(zip(keys, make_matches(rule, backend, ratios, shared), strict=True))
 

@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps.gallery import card_notes, ratios as ratios_lib
+from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.audit import audit
-from vidjax.apps.gallery.backend import sum_by_owner
+from vidjax.apps.gallery.backend import LEAST_ODDS, sum_by_owner
 from vidjax.apps.gallery.enrolment import make_state, stack_parts
 from vidjax.apps.gallery.grouping import Groups, agglomerate
-from vidjax.apps.gallery.ratios import LEAST_ODDS
 from vidjax.apps.gallery.store import State
 from vidjax.utils.groups import group_by_key
 
@@ -111,8 +110,8 @@ def _find_unclear(state: State, doubtful: Mapping[str, str | None]) -> dict[str,
     unclear, backend = dict[str, tuple[str, str]](), state.index.backend
     for clip, like in doubtful.items():
         own, others = (state.clips_of.get(x or "", ()) for x in (state.clips[clip].identity, like))
-        photos = ratios_lib.of_clips(backend, stack_parts(state, [clip, *others]))
-        ratios, _ = ratios_lib.compare(backend, photos.take([0]), photos.take(slice(1, None)))
+        photos = backend.summarise_clips(stack_parts(state, [clip, *others]))
+        ratios, _ = backend.compare(photos.take([0]), photos.take(slice(1, None)))
         if others and np.sum(ratios > 0) + len(own) - 1 < CLEAR_ERRORS:
             first, second = sorted((clip, others[ratios.argmax()]))
             unclear[clip] = first, second
@@ -137,14 +136,14 @@ def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[
     units = backend.whiten(stack_parts(state, [clip for _, side in sides for clip in side]))
     owner = np.repeat(np.arange(len(sides)), sizes)
     sums = [sum_by_owner(x, owner, len(sides)) for x in units]
-    groups = ratios_lib.of_sums(backend, sums, np.ones(len(sides)))
+    groups = backend.summarise(sums)
     least = np.log(LEAST_ODDS) + np.log(max(len(sides_of) - 1, 1))
     wrong, mixed = dict[str, str | None](), dict[str, list[Side]]()
     for split, own in sides_of.items():
         if len(own) == 1:
             continue
         each = (groups.take([side]) for side in np.flatnonzero(people == split))
-        ratios = np.array([ratios_lib.compare(backend, side, groups)[0] for side in each])
+        ratios = np.array([backend.compare(side, groups)[0] for side in each])
         ratios[:, (people == split) | ~is_largest] = -np.inf
         best, is_like = ratios.argmax(1), ratios.max(1) > least
         likes = [
