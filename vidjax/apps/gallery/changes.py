@@ -111,7 +111,7 @@ class Draft:
             for name in [] if isinstance(value, str) else value or ():
                 check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
-        removed = {clip for name in people for clip in self._find_clips(name)}
+        removed = {clip for name in people for clip in find_person(name, self.clips_of)}
         for name in map(strip_ending, single):
             find_enrolled("clip", name, self.clips)
             removed.add(name)
@@ -121,7 +121,7 @@ class Draft:
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Renames a person; returns the number of the person's clips. See `Gallery.rename`."""
         check_argument("rename: identity", identity, str, "a name")
-        to, names = check_person(to), self._find_clips(identity)
+        to, names = check_person(to), find_person(identity, self.clips_of)
         if to == normal_form(identity):
             raise UserError(f"the person is already called '{show(to)}': choose another name")
         if to in self.clips_of and not merge:
@@ -129,8 +129,9 @@ class Draft:
                 f"'{show(to)}' is already enrolled, so two people would become one\n"
                 "if they are the same person, use merge=True in Python, or --merge"
             )
-        self._edit({name: self.clips[name]._replace(identity=to) for name in names})
-        return len(names)
+        renamed = {name: self.clips[name]._replace(identity=to) for name in names}
+        self._edit(renamed)
+        return len(renamed)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Changes a clip's person; returns the old person. None is a stranger."""
@@ -150,9 +151,6 @@ class Draft:
             )
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
-
-    def _find_clips(self, identity: str) -> tuple[str, ...]:
-        return tuple(find_person(identity, self.clips_of))
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. If the value is None, the clip is removed."""
@@ -213,13 +211,10 @@ class Draft:
     @property
     def similar(self) -> dict[str, str]:
         """The new names that are spelled like an enrolled name: new name -> enrolled name."""
-        new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
-            STRANGER
-        }
-        others = {*new, STRANGER}
-        return find_similar_names(
-            sorted(new), (name for name in self.clips_of if name not in others)
-        )
+        changed = self.clips_of.keys() & self._changed_people
+        new = changed - self.present.clips_of.keys() - {STRANGER}
+        known = (name for name in self.clips_of if name != STRANGER and name not in new)
+        return find_similar_names(sorted(new), known)
 
     def finish(
         self, advance: Callable[[int], None] = ignore_count

@@ -621,17 +621,16 @@ class Gallery:
         rule = verification.choose_rule(state, identity, fmr)
         return verification.verify(state, rule, vectors, identity)
 
-    def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
+    def find_misfits(self, identity: str) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
         Each clip is compared with all other clips of the person. A clip is listed if the likelihood
         ratio p(clips | one person) / p(clips | two people) is below 0.1. If a person has two clips
-        that differ, both are listed, because nothing shows which is wrong. If `clips` are given,
-        only these clips are listed. Returns clip -> log of the ratio, lowest first.
+        that differ, both are listed, because nothing shows which is wrong. Returns clip -> log of
+        the ratio, lowest first.
         """
-        names = find_person(identity, (state := self.state).clips_of)
-        checked = names if clips is None else {*names} & {*clips}
-        return audit(state, checked, among_all=False).misfits
+        state = self.state
+        return audit(state, find_person(identity, state.clips_of), among_all=False).misfits
 
     def compare(
         self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None

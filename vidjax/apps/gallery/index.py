@@ -258,9 +258,10 @@ class Index:
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
         """Makes an index of the people in all `blocks`. Each person is in a single block."""
         self.backend = backend
-        nobody = backend.enrol((), np.zeros((0, sum(backend.widths.values()))), np.zeros(0, int))
-        used = [block for block in blocks if block.names] or [nobody]
-        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in used]
+        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in blocks if x.names]
+        if not self.blocks:  # a block without people, so that no array needs a special case
+            none = np.zeros((0, sum(backend.widths.values())))
+            self.blocks = [Block(*backend.enrol((), none, np.zeros(0, int)))]
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
