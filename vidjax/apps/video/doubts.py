@@ -142,7 +142,7 @@ def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[
     for split, own in sides_of.items():
         if len(own) == 1:
             continue
-        each = (groups.take([side]) for side in np.flatnonzero(people == split))
+        each = (groups.take([side]) for side in np.flatnonzero(people == split).tolist())
         ratios = np.array([backend.compare(side, groups)[0] for side in each])
         ratios[:, (people == split) | ~is_largest] = -np.inf
         best, is_like = ratios.argmax(1), ratios.max(1) > least
