@@ -21,8 +21,12 @@ def _size(about: str) -> Meta:
     return Meta(ge=1, le=MOST, description=about)
 
 
-def _seconds(about: str, *, zero: bool = False) -> Meta:
-    return Meta(gt=None if zero else 0, ge=0 if zero else None, le=DAY, description=about)
+def _seconds(about: str, least: int = 1) -> Meta:
+    return Meta(ge=least, le=DAY, description=about)
+
+
+def _duration(about: str) -> Meta:
+    return Meta(gt=0, le=DAY, description=about)
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -39,16 +43,16 @@ class Limits(Struct, frozen=True, kw_only=True):
     batch_clips: Annotated[int, _size("clips that are scored together")] = 64
     waiting_clips: Annotated[int, _size("clips that wait to be scored or embedded (429)")] = 1024
     waiting_changes: Annotated[int, _size("enrolments and removals that wait (429)")] = 16
-    answer_seconds: Annotated[float, _seconds(
+    answer_seconds: Annotated[float, _duration(
         "from the end of the body to the answer (503)")] = 10.0
     # After a removal, the parameters of the gallery may be fitted to the remaining clips, which can
     # take minutes.
-    change_seconds: Annotated[float, _seconds(
+    change_seconds: Annotated[float, _duration(
         "in addition, for a change of the gallery (503)")] = 120.0
     lock_seconds: Annotated[float, _seconds(
         "that a change waits for a change by another server or command (503); 0: it tries once",
-        zero=True)] = LOCK_SECONDS
-    request_seconds: Annotated[float, _seconds(
+        least=0)] = LOCK_SECONDS
+    request_seconds: Annotated[float, _duration(
         "to receive a body, and again to send the answer (503, or cut off)")] = 130.0
     # The web server, not the application, applies the limits from here on.
     connections: Annotated[int, _size("open connections (503)")] = 512
@@ -57,9 +61,9 @@ class Limits(Struct, frozen=True, kw_only=True):
         "until a client that reads nothing is cut off, on Linux")] = 60
     unready_seconds: Annotated[int, _seconds(
         "from SIGTERM until connections are refused; not ready meanwhile, so that a proxy asks "
-        "another server; 0: they are refused at once", zero=True)] = 0
+        "another server; 0: they are refused at once", least=0)] = 0
     drain_seconds: Annotated[int, _seconds(
-        "then, to finish the answers of received requests; 0: they are cut off", zero=True)] = 15
+        "then, to finish the answers of received requests; 0: they are cut off", least=0)] = 15
     end_seconds: Annotated[int, _seconds("then, until a process that hangs is killed")] = 5
     # fmt: on
 
