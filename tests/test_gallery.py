@@ -224,7 +224,9 @@ def make_index(*, cards=False, **settings):
     backend = made_galleries.make_front(SETTINGS._replace(**settings))
     if cards:
         distances = card_backend.from_cosines((0.85, 0.1), (0.0, 0.3))
-        parts = tuple(dataclasses.replace(x, space=None, distances=distances) for x in backend.parts)
+        parts = tuple(
+            dataclasses.replace(x, space=None, distances=distances) for x in backend.parts
+        )
         backend = backend_lib.Backend(parts, backend.settings)
     clips = make_clips(PEOPLE, strangers=0)
     (everybody,) = enrol(backend, list_clips_of(clips), clips)
