@@ -6,6 +6,7 @@ different nets are never mixed. Unknown keys are errors: every key of a card cha
 none may be ignored.
 """
 
+import functools
 import hashlib
 import shlex
 from collections.abc import Mapping
@@ -241,6 +242,12 @@ def read(path: Path) -> Card:
 
     Raises UserError if a key is missing, wrong or unknown.
     """
+    info = path.stat()
+    return _read(path, info.st_mtime_ns, info.st_ino, info.st_size)
+
+
+@functools.lru_cache(100)
+def _read(path: Path, *_: int) -> Card:
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
     written = json_files.read(path, Written, remedy, CARD_BYTES)
     digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
