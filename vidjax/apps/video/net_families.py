@@ -211,6 +211,8 @@ def work(arguments: dict[str, Any]) -> Found:
             return Found(weights=second)
         net = _join_weights(net, net_packages.unpack(Path(arguments["weights"]), second, LIMIT))
     refuse_unsafe(net)
+    if known and family == "yunet":
+        net = _free_sides(net)
     fields = _describe(kind, family, name, content, content)
     fields |= _fit(family, net, arguments["side"], arguments["colour"])
     fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
@@ -236,15 +238,17 @@ def _describe(
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
     known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
-    change = "none" if converted == content else "one file with one output [N, D]"
+    back_end = form.get("back_end", {}) | known.get("back_end", {})
+    change = "one file with one output [N, D]" if width else "plain weights, images of any size"
     return {
         "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
         "norm_is_quality": False, "width": width,
-        "back_end": {"centre": [0.0] * width, **form["back_end"]} if width else None,
+        "back_end": {"centre": [0.0] * width, **back_end} if width else None,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
-        "conversion": f"vidjax.apps.video.net_families {family}: {change}",
+        "conversion": "vidjax.apps.video.net_families "
+        f"{family}: {'none' if converted == content else change}",
     }  # fmt: skip
 
 
@@ -256,6 +260,8 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
         model = onnx.load_model_from_string(content)
         if not model.graph.node:
             raise ValueError("the net has no operators")
+        if net_packages.tidy(model):
+            content = model.SerializeToString(deterministic=True)
     except Exception as error:  # a damaged net may raise any error
         reason = show((str(error) or type(error).__name__).splitlines()[0])
         raise UserError(
@@ -387,6 +393,15 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
         values |= {"mean": 0.0, "scale": 1.0}
     values = {**values, "mean": [values["mean"]] * 3, "scale": [values["scale"]] * 3}
     return {"input": {"name": name, "size": size, **values}, "template": template}
+
+
+def _free_sides(net: ForeignNet) -> ForeignNet:
+    """Lets a detector read images of any size, although it declares one size."""
+    graph = net.model.graph
+    for value, axes in (*((x, (2, 3)) for x in graph.input), *((x, (1,)) for x in graph.output)):
+        for axis in axes:
+            value.type.tensor_type.shape.dim[axis].Clear()
+    return parse_net(net.model.SerializeToString(deterministic=True), net.name)
 
 
 def _normalises(model: "ModelProto") -> bool:

@@ -216,19 +216,66 @@ def convert_centerface(content: bytes) -> "ModelProto":
     import onnx
 
     net = onnx.load_model_from_string(content)
-    # The published net also lists its weights as inputs. ONNX Runtime would warn of such inputs.
-    weights = {weight.name for weight in net.graph.initializer}
-    inputs = [value for value in net.graph.input if value.name not in weights]
-    del net.graph.input[:], net.graph.value_info[:]
-    net.graph.input.extend(inputs)
+    tidy(net)  # ONNX Runtime would warn of weights among the inputs
+    del net.graph.value_info[:]
     for value in (*net.graph.input, *net.graph.output):
         dims = value.type.tensor_type.shape.dim
-        names = ("B", None, "H", "W") if value in inputs else ("B", None, "h", "w")
+        names = ("B", None, "H", "W") if value in net.graph.input else ("B", None, "h", "w")
         for dim, name in zip(dims, names, strict=True):
             if name:
                 dim.dim_param = name
     net.ir_version = IR_VERSION
     return net
+
+
+def tidy(net: "ModelProto") -> bool:
+    """Computes the weights of a net that are stored as 8-bit numbers and scales.
+
+    Also removes inputs that are weights, or that no operator reads. Returns whether the net has
+    changed. The outputs of the net stay equal. ONNX Runtime cannot compute some of these weights,
+    and would compute all others again for each image.
+    """
+    from onnx import numpy_helper
+
+    graph = net.graph
+    weights, before = {x.name: x for x in graph.initializer}, len(graph.input)
+    kept: list[NodeProto] = []
+    for node in graph.node:
+        is_weight = all(name in weights and not weights[name].external_data for name in node.input)
+        if node.op_type in ("DequantizeLinear", "Reshape") and node.input and is_weight:
+            values = _compute(node, *(numpy_helper.to_array(weights[x]) for x in node.input))
+            weights[node.output[0]] = numpy_helper.from_array(values, node.output[0])
+        else:
+            kept.append(node)
+    read = {name for node in kept for name in node.input}
+    inputs = [x for x in graph.input if x.name in read and x.name not in weights]
+    is_computed = len(kept) < len(graph.node)
+    if is_computed:
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(x for name, x in weights.items() if name in read)
+    del graph.input[:]
+    graph.input.extend(inputs)
+    return is_computed or len(inputs) < before
+
+
+def _compute(node: "NodeProto", x: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """Returns the output of a node that computes a weight: a reshaped x, or x times its scales.
+
+    A block of `block_size` numbers along `axis` has one scale, and one number that means 0.
+    """
+    if node.op_type == "Reshape":
+        return x.reshape(others[0])
+    options = {attribute.name: attribute.i for attribute in node.attribute}
+    axis, block = options.get("axis", 1), options.get("block_size", 0)
+    if block:
+        others = tuple(np.repeat(y, block, axis).take(range(x.shape[axis]), axis) for y in others)
+    elif x.ndim > 1:
+        sides = [-1 if at == axis else 1 for at in range(x.ndim)]
+        others = tuple(y.reshape(sides) if y.size > 1 else y for y in others)
+    scale, *zeros = others
+    zero = zeros[0].astype(scale.dtype) if zeros else np.zeros(1, scale.dtype)
+    return np.ascontiguousarray((x.astype(scale.dtype) - zero) * scale)
 
 
 def convert_silero(content: bytes) -> "ModelProto":
