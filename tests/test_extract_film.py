@@ -1,13 +1,16 @@
 """Films of drawn people: search of faces, tracks, kept pictures, and voices."""
 
 import shlex
-from itertools import chain
+from itertools import chain, product
 from unittest import mock
 
 import numpy as np
 import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+import av
+from av.stream import Disposition
 
 from tests.helpers import films, made_nets
 from tests.helpers.batches import assert_equal
@@ -110,6 +113,28 @@ def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_
     assert all(f"{kind} (3D)" in x and f"-i '{path}' -vf crop={words} " in x for x in lines)
 
 
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_the_video_stream_that_players_show_is_read(tmp_path, drawn, chosen):
+    """A film may have several video streams, of which one is the default stream."""
+    path = tmp_path / "two angles.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("ffv1", rate=10) for _ in range(2)]
+        for number, stream in enumerate(streams):
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "bgr0"
+            stream.disposition = Disposition.default if number == chosen else Disposition(0)
+        for n, (number, stream) in product(range(20), enumerate(streams)):
+            people = [("Ada", 20 + n, 30)] * (number == chosen)  # nobody in the other stream
+            frame = av.VideoFrame.from_ndarray(picture(people), format="rgb24")
+            container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+    found, _ = extract(path, tmp_path / "out", drawn.models)
+    assert len(found.tracks) == 1
+    (line,) = results.list_problems(found, path)
+    assert line.startswith(f"only number {chosen + 1} of its 2 video streams")
+    assert f"-i '{path}' -map 0:V:{1 - chosen} " in line
+
+
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     shot = (30, 20, [("Ada", 0, 30)])  # 30 s, 10 pictures per second
@@ -150,7 +175,7 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path, flags=["--quiet"])  # does not hide warnings
         assert f"{path.name}: 3.0 s" in text and "fewer than 2 pictures a second" in text
-        remedy = f"ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        remedy = f"ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy other.mkv"
         assert text.count(remedy) == count
 
 

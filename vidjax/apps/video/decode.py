@@ -66,6 +66,7 @@ class Info(NamedTuple):
     start_s: float
     sound: bool  # whether the file contains sound that can be decoded
     others: int  # number of further video streams, such as other programmes, which are not read
+    stream: int  # the place of the stream that is read among all video streams, from 0
 
 
 class Frame(NamedTuple):
@@ -416,11 +417,15 @@ def _find_video_stream(path: Path, container: "InputContainer") -> "VideoStream"
 
 
 def _list_video_streams(container: "InputContainer") -> "list[VideoStream]":
-    """Returns the video streams, without streams that contain cover art or thumbnails."""
+    """Returns the video streams, without streams that contain cover art or thumbnails.
+
+    A stream that players show by default comes first.
+    """
     from av.stream import Disposition
 
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    return [stream for stream in container.streams.video if not stream.disposition & covers]
+    streams = (stream for stream in container.streams.video if not stream.disposition & covers)
+    return sorted(streams, key=lambda stream: not stream.disposition & Disposition.default)
 
 
 def _list_sound_streams(container: "InputContainer") -> "list[AudioStream]":
@@ -439,13 +444,15 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
         or _parse_duration(stream.metadata.get("DURATION", ""))
         or (container.duration or 0) / av.time_base
     )
+    streams = _list_video_streams(container)
     return Info(
         aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else 1.0,
         seconds=seconds if seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
         start_s=(container.start_time or 0) / av.time_base,
         sound=bool(_list_sound_streams(container)),
-        others=len(_list_video_streams(container)) - 1,
+        others=len(streams) - 1,
+        stream=sum(other.index < stream.index for other in streams),
     )
 
 

@@ -326,7 +326,8 @@ def _read_film(task: Task, stem: str, clips: ClipBuilder, nets: Nets) -> dict[st
     with decode.open_video(path) as video:
         cuts, seen, layout = _make_clips(video, clips, nets, task, stem)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
-    facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
+    info = video.info
+    facts |= {"others": info.others, "stream": info.stream, "rate": info.rate, "halves": layout}
     facts |= msgspec.structs.asdict(video.counts)
     facts["upside_down"] = clips.turned >= max(LEAST_TURNED, clips.seen / 2)
     if nets.listen and video.info.sound:

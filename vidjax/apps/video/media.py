@@ -251,6 +251,7 @@ class MediaFile(DecodeCounts, kw_only=True, dict=True):
     halves: Layout | None = None  # if two halves show the same picture
     upside_down: bool = False  # whether half of the faces in a video or more are upside down
     others: Count = 0  # number of further video streams, which were not read
+    stream: Count = 0  # the place of the stream that was read among all video streams
     voices: Count = 0  # number of tracks with a voice
     lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded
     # Names of face tags at which no face was detected.

@@ -274,9 +274,11 @@ def list_problems(film: MediaFile, path: Path) -> list[str]:
             "-map 0:a? half.mkv"
         )
     if film.others:
+        other = int(not film.stream)
         problems.append(
-            f"only the first of its {film.others + 1} video streams is used; to use the second, "
-            f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
+            f"only number {film.stream + 1} of its {film.others + 1} video streams is used, as in "
+            f"players; to use number {other + 1}, copy it: ffmpeg -i {shlex.quote(str(path))} "
+            f"-map 0:V:{other} -map 0:a? -c copy other.mkv"
         )
     counts = {
         "damaged pictures, which were left out": film.corrupt,
