@@ -557,3 +557,19 @@ def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
     assert "  clips       1,234" in lines and "  clips/s     0.25" in lines
     messages.print_result(result, "identify", as_json=True)
     assert json.loads(capsys.readouterr().out) == {"mode": "identify", **facts, "path": "x" * 90}
+
+
+def test_the_time_left_is_estimated_without_the_start_of_a_program(monkeypatch, capsys):
+    """The first photo also loads the nets, which takes longer than all photos."""
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    bar = terminal.Progress(120, unit="photo", label="photos")
+    for seconds in (300.0, 15.0, 15.0):
+        now += seconds
+        bar.advance(5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" left")[0].rpartition(" ")[-1] for line in lines[1:]] == [
+        "5:30",
+        "5:15",
+    ]
+    assert lines[0] == "photos: 5 of 120 photos"

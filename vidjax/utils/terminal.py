@@ -96,23 +96,26 @@ class Progress:
           label: the text before the bar.
           leave: True if the bar stays after `close`.
           compiles: True if a compilation precedes the first `advance`. Until then, the text
-            `compiling` replaces the bar. The displayed rate does not include this time.
+            `compiling` replaces the bar.
+
+        The displayed rate does not include the time before the first `advance`, because a program
+        may compile, or load nets.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
         self._initial = self._done = initial
         self._began = self._printed = time.monotonic()
-        self._compiles = compiles and initial < total
+        compiles, self._is_starting = compiles and initial < total, True
         self._kept = ""
         if not sys.stderr.isatty() or is_quiet():
-            if self._compiles:
+            if compiles:
                 say(f"{label}: compiling")
             return
         from tqdm import tqdm
 
         self._bar = tqdm(
             total=total, initial=initial, unit=f" {unit}s", unit_scale=True, desc=label,
-            bar_format="{desc} compiling" if self._compiles else BAR, dynamic_ncols=True,
+            bar_format="{desc} compiling" if compiles else BAR, dynamic_ncols=True,
             leave=leave,
         )  # fmt: skip
 
@@ -128,11 +131,13 @@ class Progress:
         """Adds `count` finished units, and displays `text`, such as the latest loss."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
-        if self._compiles:  # the compilation is over, so the rate is measured from now on
-            self._compiles = False
+        is_first, self._is_starting = self._is_starting, False
+        if is_first and self._bar is not None:
+            self._bar.bar_format = BAR
+        if is_first and self._done < self._total:
             self._initial, self._began = self._done, time.monotonic()
             if self._bar is not None:
-                self._bar.bar_format, self._bar.initial = BAR, self._done
+                self._bar.initial = self._done
                 self._bar.start_t = self._bar.last_print_t = time.time()
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
