@@ -388,7 +388,7 @@ def test_damaged_unsafe_and_other_nets_are_refused(tmp_path, words, family, cont
     path.write_bytes(content)
     given = {
         "path": str(path), "name": path.name, "kind": "own", "like": family, "side": None,
-        "colour": None, "weights": "", "out": str(tmp_path / "out.onnx"),
+        "colour": None, "mean": [], "std": [], "weights": "", "out": str(tmp_path / "out.onnx"),
     }  # fmt: skip
     refused(partial(net_families.work, given), *words.split())
 
@@ -419,6 +419,24 @@ def test_flags_of_convert_that_do_not_fit_are_refused(convert):
     np.testing.assert_allclose(np.array(card.template), np.array(POINTS) * 160 / 112, atol=0.01)
     # A folder has one net for each role.
     assert convert(VECTORS, "--like=sface", name="b.onnx")[0].refused("net.json", "--out")
+
+
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_usual_mean_and_deviation_of_colours_are_those_of_the_card(convert, colour):
+    """For example ImageNet's numbers, for which PyTorch's nets are trained."""
+    imagenet = ("--mean=.485,.456,.406", "--std=.229,.224,.225")
+    _, path = convert(VECTORS, "--like=arcface", f"--colour={colour}", *imagenet)
+    given = cards.read(path).input
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    wanted = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    found = nets.prepare_images(images, given).transpose(0, 2, 3, 1)
+    found = found[..., ::-1] if colour == "bgr" else found
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert convert(VECTORS, "--like=arcface", "--mean=.5")[0].refused("--mean and --std", "both")
+    for wrong in ("--mean=123.7,116.3,103.5", "--mean=a", "--mean=.5,.5", "--mean=.5,a"):
+        assert convert(VECTORS, "--like=arcface", wrong, "--std=.5")[0].refused("--mean", "0 to 1")
+    assert convert(VECTORS, "--like=arcface", "--mean=.5", "--std=0")[0].refused("above 0")
+    assert convert(VECTORS, *imagenet, kind="insightface")[0].refused("--mean")
 
 
 def test_zips_that_cannot_be_read_are_to_be_unpacked(command, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,6 +281,9 @@ def add_convert_flags(parser: Parser) -> None:
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     about = "with own: the order of the colours that the net expects (default: as --like)"
     parser.add_argument("--colour", choices=("rgb", "bgr"), help=about)
+    for name, example in {"mean": ".485,.456,.406", "std": ".229,.224,.225"}.items():
+        about = f"with own: the usual {name} of the colours, from 0 to 1, such as {example}"
+        parser.flag(f"--{name} R,G,B", about, type=_parse_colours)
     about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
     parser.flag("--photos DIR", about)
     parser.command(
@@ -293,19 +297,35 @@ def add_convert_flags(parser: Parser) -> None:
     )
 
 
+def _parse_colours(text: str) -> tuple[float, ...]:
+    """Parses a number for each colour, or one number for all colours. Numbers are from 0 to 1."""
+    numbers = tuple(float(x) for x in text.split(",") if re.fullmatch(r"\d*\.?\d+", x))
+    is_complete = len(numbers) in (1, 3) and len(numbers) == 1 + text.count(",")
+    if not is_complete or max(numbers) > 1:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not three numbers from 0 to 1, such as .485,.456,.406; divide larger "
+            "numbers by 255"
+        )
+    return numbers if numbers[1:] else numbers * 3
+
+
 def convert_nets(args: argparse.Namespace) -> Result:
     """Converts the nets in `args.paths` for `vidjax who`, and writes a JSON file about each net."""
     paths, out = args.paths, args.out
-    if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
+    options = {"side": args.size, "colour": args.colour, "mean": args.mean, "std": args.std}
+    options = {name: x for name, x in options.items() if x is not None}
+    if (args.kind == "own") != bool(args.like) or (options and not args.like):
         raise UserError(
-            "the kind `own` needs --like. No other kind allows --like, --size or --colour\n"
+            "the kind `own` needs --like. No other kind allows --like, --size, --colour or --mean\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
+    if ("mean" in options) != ("std" in options) or 0 in options.get("std", ()):
+        raise UserError("--mean and --std belong together, and --std is above 0: give both")
     most = 2 if args.kind == "opencv" else 1
     if len(paths) > most:
         raise UserError(f"{args.kind} takes {most} FILE at most, not {len(paths)}: name fewer")
     if args.kind in net_families.KINDS:
-        written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
+        written = net_families.convert(args.kind, paths, out, args.like, **options)
     else:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})

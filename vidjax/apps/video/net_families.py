@@ -95,6 +95,7 @@ def _join(shapes: Mapping[str, list[int | None]]) -> str:
 def convert(
     kind: str, paths: Sequence[Path], folder: Path, like: str | None = None,
     side: int | None = None, colour: str | None = None,
+    mean: Sequence[float] = (), std: Sequence[float] = (),
 ) -> list[Path]:  # fmt: skip
     """Copies nets into `folder`, writes a card (a JSON file) for each; returns the cards' paths.
 
@@ -107,6 +108,8 @@ def convert(
         the family.
       side: the side in pixels of an embedder's input, if the net allows any side.
       colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
+      mean, std: numbers for red, green and blue. The input of the net is (pixel / 255 - mean) /
+        std. If they are empty, the numbers of the family.
 
     Raises:
       UserError: a file is damaged or of no family, or two nets have the same role, such as
@@ -116,6 +119,7 @@ def convert(
     found: dict[Role, tuple[Written, bytes]] = {}
     for path, name in _list_nets(paths):
         given = {"name": name, "kind": kind, "like": like, "side": side, "colour": colour}
+        given |= {"mean": [*mean], "std": [*std]}
         for card, content in _read_net(path, given):
             if card.role in found:
                 raise UserError(
@@ -139,8 +143,8 @@ def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
     """Converts the net `given["name"]` in a child process; returns [(card, converted net)].
 
     Returns [] for a net of InsightFace that vidjax does not use, such as genderage.onnx. `path`
-    is the file of the net, or a zip. `given` also contains `kind`, `like`, `side` and `colour`, as
-    in `convert`.
+    is the file of the net, or a zip. `given` also contains the other arguments of
+    `convert`.
     """
     kind, name = given["kind"], given["name"]
     with files.scratch_folder() as scratch:
@@ -215,6 +219,10 @@ def work(arguments: dict[str, Any]) -> Found:
         net = _free_sides(net)
     fields = _describe(kind, family, name, content, content)
     fields |= _fit(family, net, arguments["side"], arguments["colour"])
+    if mean := arguments["mean"]:
+        order = -1 if fields["input"]["colour"] == "bgr" else 1
+        fields["input"]["mean"] = [255 * x for x in mean[::order]]
+        fields["input"]["scale"] = [1 / (255 * x) for x in arguments["std"][::order]]
     fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
     try:
         card, converted = _measure(fields, family, net)
