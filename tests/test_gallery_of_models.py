@@ -391,6 +391,8 @@ def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
     assert join_answers(vote, [strong, weak, against]) == [
         strong, answer(0.3, "Ada")._replace(evidence=("face", "clips")), against,
     ]  # fmt: skip
+    # If nobody has measured the card of the net, a clip needs 50 % itself.
+    assert join_answers(vote, [strong, weak, against], 0.5) == [strong, weak, against]
     found = appearance(0, 1, "Ada")._replace(probability=0.3, evidence=("face", "clips"))
     assert naming.format_certainty(found) == "30 %, by other shots"
     assert naming.format_certainty(found._replace(evidence=("face",))) == "30 %"

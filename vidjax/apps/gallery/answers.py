@@ -100,14 +100,16 @@ Answers = Mapping[str, Answer]  # clip -> answer
 NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
-def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
+def join_answers(
+    vote: Answer, own: Sequence[Answer], least: float = LEAST_OWN_PROBABILITY
+) -> list[Answer]:
     """Returns an answer for each clip of a group. The group probably shows one person.
 
     Let P be the person in `vote`. The first line that applies gives the answer for a clip:
 
         `vote` has no person                       `vote`
         no answer in `own` has the person P        the answer for the clip in `own`
-        the clip's probability of P is below 0.1   the answer for the clip in `own`
+        the clip's probability of P is < `least`   the answer for the clip in `own`
         otherwise                                  `vote`, with at most the clip's probability of P
 
     Args:
@@ -118,12 +120,12 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
         return [vote] * len(own)
     if all(x.identity != vote.identity for x in own):
         return list(own)
-    return [_join_answer(vote, x) for x in own]
+    return [_join_answer(vote, x, least) for x in own]
 
 
-def _join_answer(vote: Answer, own: Answer) -> Answer:
+def _join_answer(vote: Answer, own: Answer, least: float) -> Answer:
     probability = dict(own.best).get(str(vote.identity), 0.0)
-    if probability < LEAST_OWN_PROBABILITY:
+    if probability < least:
         return own
     if probability >= vote.probability:
         return vote
@@ -438,9 +440,12 @@ def identify(
     singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
     own = [rule.answer(match, cards=bool(state.origin.cards)) for match in singly]
     pairs = zip(owner[shared].tolist(), zip(shared.tolist(), own, strict=True), strict=True)
+    # Low probabilities from a card that nobody has measured mean nothing.
+    least = MIN_NAMED_PROBABILITY if state.origin.unmeasured else LEAST_OWN_PROBABILITY
     for group, clips in group_by_key(pairs).items():
         rows, single = zip(*clips, strict=True)
-        for row, answer in zip(rows, join_answers(by_owner[group], single), strict=True):
+        joined = join_answers(by_owner[group], single, least)
+        for row, answer in zip(rows, joined, strict=True):
             if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
                 answer = answer._replace(identity=None, evidence=())
             answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
