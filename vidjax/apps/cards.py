@@ -144,6 +144,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     width: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
+    # Of the pictures of a face in a film, the best one in each span of this many seconds is used.
+    span_seconds: Annotated[float, Meta(ge=0.05, le=60)] | UnsetType = UNSET
     licence: Licence
     source: Source
     conversion: Text
@@ -259,7 +261,8 @@ def replace_back_end(card: Card, back_end: BackEnd) -> None:
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
     values: dict[str, Any] = {name: getattr(card, name) for name in names}
-    files.write_json(card.path, msgspec.to_builtins(values | {"back_end": back_end}))
+    values["back_end"] = back_end
+    files.write_json(card.path, msgspec.to_builtins(Written(**values)))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:

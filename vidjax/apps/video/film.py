@@ -34,9 +34,8 @@ from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
-# The best picture of each span of KEPT_SECONDS of a track is kept. If a track has more than
-# MOST_KEPT pictures, the spans are doubled.
-MOST_KEPT, KEPT_SECONDS = 96, 0.2
+MOST_KEPT = 96  # pictures of a track
+SPAN_SECONDS = 0.2  # see `cards.Written.span_seconds`; for cards without this field
 LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
@@ -97,13 +96,13 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a person in each interval of 0.2 seconds, at most 96 pictures.
+    """Keeps the best picture of a person in each interval of `seconds`, at most 96 pictures.
 
     If there are too many pictures, the length of the intervals is doubled.
     """
 
-    def __init__(self) -> None:
-        self._seconds = KEPT_SECONDS
+    def __init__(self, seconds: float):
+        self._seconds = seconds
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
@@ -156,12 +155,13 @@ class ClipBuilder:
         inside = align.measure_inside(faces.points, template, side, rgb.shape)
         quality = align.measure_quality(faces.scores, faces.points, crops, inside).tolist()
         places = faces.boxes / np.tile(rgb.shape[1::-1], 2)
+        seconds = card.span_seconds or SPAN_SECONDS  # `bool(UNSET)` is False
         for row, track in enumerate(owners[chosen].tolist()):
             sighting = Sighting(
                 quality[row], next(self._numbers), time_s, frame, float(faces.scores[row]),
                 places[row], crops[row],
             )  # fmt: skip
-            self._kept.setdefault(track, BestPictures()).add(sighting)
+            self._kept.setdefault(track, BestPictures(seconds)).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended. `names` yields names for clips.

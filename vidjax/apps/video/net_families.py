@@ -251,6 +251,7 @@ def _describe(
     return {
         "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
         "norm_is_quality": False, "width": width,
+        **known.get("card", {}),
         "back_end": {"centre": [0.0] * width, **back_end} if width else None,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
