@@ -109,12 +109,13 @@ def join_answers(
 
         `vote` has no person                       `vote`
         no answer in `own` has the person P        the answer for the clip in `own`
-        the clip's probability of P is < `least`   the answer for the clip in `own`
+        the clip's probability of P is low         the answer for the clip in `own`
         otherwise                                  `vote`, with at most the clip's probability of P
 
     Args:
       vote: the answer for all clips of the group together.
       own: the answer for each single clip, with at least 10 identities in `Answer.best`.
+      least: the lowest probability of P with which a clip can get the name from other clips.
     """
     if vote.identity is None:
         return [vote] * len(own)

