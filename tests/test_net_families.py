@@ -249,6 +249,28 @@ def test_weights_in_blocks_of_8_bits_become_numbers_and_inputs_without_use_go(co
     assert [x.name for x in found[0].session.get_inputs()] == ["data"]
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1,)])
+def test_prelu_of_an_image_is_replaced_and_the_vectors_stay_equal(convert, shape):
+    slopes = np.random.default_rng(0).normal(0, 0.5, shape).astype(np.float32)
+
+    def add(model):
+        model.graph.initializer.append(numpy_helper.from_array(slopes, "slopes"))
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(127.5), "middle"))
+        model.graph.node.insert(0, make_node("Sub", ["data", "middle"], ["centred"]))
+        model.graph.node.insert(1, make_node("PRelu", ["centred", "slopes"], ["bent"]))
+        for node in model.graph.node[2:]:
+            node.input[:] = ["bent" if x == "data" else x for x in node.input]
+
+    net = edit(made.embedder(128, batch=1), add)
+    _, path = convert(net, "--like=sface")
+    card = cards.read(path)
+    kinds = {node.op_type for node in onnx.load_model_from_string(card.read_net()).graph.node}
+    assert ("PRelu" in kinds) == (shape == (1,))
+    crops = np.random.default_rng(1).integers(0, 256, (3, 112, 112, 3), np.uint8)
+    vectors = nets.Embedder(card)(crops)
+    np.testing.assert_allclose(vectors, nets.Embedder(card, net)(crops), rtol=1e-5, atol=1e-4)
+
+
 def edit(content, change):
     """Returns a net after `change`, a function that changes its onnx.ModelProto."""
     model = onnx.load_model_from_string(content)

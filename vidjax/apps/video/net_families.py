@@ -4,10 +4,11 @@ A card is a JSON file that describes a net.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged, with these exceptions. Weights
-in a second file are moved into the net. Weights in blocks of 8-bit numbers are computed, and inputs
-without use are removed. A published YuNet is changed to read images of any size. A net that
-computes vectors of faces keeps only the output with the vectors, as [N, D]. The net may come from a
-stranger, so only a child process with limits reads the net.
+in a second file are moved into the net. Weights in blocks of 8-bit numbers are computed, PRelu is
+replaced by faster operators, and inputs without use are removed. A published YuNet is changed to
+read images of any size. A net that computes vectors of faces keeps only the output with the
+vectors, as [N, D]. The net may come from a stranger, so only a child process with limits reads the
+net.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
