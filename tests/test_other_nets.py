@@ -153,6 +153,23 @@ def test_corrections_are_kept_when_one_net_changes(archive, drawn, kept):
     assert archive.list_corrections() == before
 
 
+def test_names_that_people_told_are_kept_when_dlibs_net_is_replaced(archive, drawn):
+    """An earlier version converted dlib's net, and this version does not."""
+    new, old = drawn.models, shutil.copytree(drawn.models, drawn.folder / "old")
+    (old / "embed.json").unlink()
+    made_nets.write_dlib(old)
+    drawn.models = old
+    archive.who()
+    drawn.run("review", archive.out, "--name=Eve 00=Eva")
+    before = archive.list_corrections()
+    told = [row for row in archive.list_names() if row[1] in ("Eva", "Bob", "Countess")]
+    assert {row[1] for row in told} == {"Eva", "Bob", "Countess"}
+    drawn.models = new
+    _, output = archive.who()
+    assert "there are new nets (face_embedder)" in output
+    assert archive.list_corrections() == before and {*told} <= {*archive.list_names()}
+
+
 def test_films_and_photos_that_are_missing_keep_their_corrections(archive, drawn):
     """The drive of film 00 and of Ada's photos is not connected. Meanwhile, Eve 00 is renamed."""
     before, drive = archive.list_corrections(), drawn.folder / "drive"

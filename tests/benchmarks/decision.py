@@ -29,10 +29,9 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
     """Returns N tracks. A track of `tracks.npz` is split where its face changes.
 
     `vectors` [N, D] have the length 1. `people` [N] are the true people, and `clips` are N names.
-    `clarity` [N] is of the best face, and `heights` [N] in pixels are medians. `apart` are pairs of
-    clips that are visible at the same time.
+    `clarity` [N] is of the best face. `apart` are pairs of clips that are visible at the same time.
     """
-    vectors, people, clips, times, clarity, heights = [], [], [], [], [], []
+    vectors, people, clips, times, clarity = [], [], [], [], []
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
         for begin, end in itertools.pairwise([low, *(low + x for x in changes), high]):
@@ -46,14 +45,13 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
             times.append((data["film"][track], *data["time_s"][rows][[0, -1]]))
             best = float(data["quality"][rows].max())
             clarity.append(align.measure_clarity(best, CARD.clear_quality))
-            heights.append(np.median(data["box"][rows, 3] - data["box"][rows, 1]))
     film, begin, end = map(np.array, zip(*times, strict=True))
     overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
     pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
     apart = [(clips[a], clips[b]) for a, b in pairs]
     return SimpleNamespace(
         vectors=np.array(vectors, np.float32), people=np.array(people), clips=clips, apart=apart,
-        clarity=np.array(clarity), heights=np.array(heights),
+        clarity=np.array(clarity),
     )  # fmt: skip
 
 

@@ -1,10 +1,9 @@
-"""Compares nets of faces: names on films and photos, by size of face, and CPU time.
+"""Compares nets of faces: names on photos, by size of face, and CPU time.
 
-    python -m tests.benchmarks.nets MODELS [--photos=FOLDER] [--tracks=FOLDER]
+    python -m tests.benchmarks.nets MODELS PHOTOS
 
-Prints rows for the table of README.md. MODELS is a folder of nets that `vidjax convert` made. The
-FOLDER of --photos contains NAME/PHOTO.jpg, with four photos or more of some people. The FOLDER of
---tracks contains `tracks.npz`, see `decision`. It has vectors of CenterFace and dlib's net only.
+Prints rows for the table of README.md. MODELS is a folder of nets that `vidjax convert` made.
+PHOTOS contains NAME/PHOTO.jpg, with four photos or more of some people.
 """
 
 import itertools
@@ -62,40 +61,31 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def measure_names(
-    model: backend.Backend, clips: Any, photos: np.ndarray | None, count: int
-) -> dict[str, float]:
+def measure_names(model: backend.Backend, clips: Any, count: int) -> dict[str, float]:
     """Returns name -> share, as means over DRAWS random draws, which README.md explains.
 
-    `clips` are tracks or photos. `photos` [P, K, D] are vectors of K photos of the people 0 to
-    P - 1. If it is None, people are enrolled with photos of `clips`, which are not named.
+    In each draw, people are enrolled with `count` of the photos `clips`. The rest is named.
     """
     rng, draws = np.random.default_rng(0), []
-    if photos is None:
-        found, counts = np.unique(clips.people, return_counts=True)
-        groups, pool = np.arange(len(clips.people)), found[counts > max(COUNTS)]
-        if not len(pool):
-            raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
-    else:
-        groups, pool = decision.group_for_votes(model, clips), np.arange(len(photos))
+    found, counts = np.unique(clips.people, return_counts=True)
+    pool = found[counts > max(COUNTS)]
+    if not len(pool):
+        raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
     for _ in range(DRAWS):
-        people, left = rng.permutation(pool)[: -(-2 * len(pool) // 3)], np.ones(len(groups), bool)
-        if photos is not None:
-            enrolled = photos[people][:, rng.permutation(photos.shape[1])[:count]]
-        else:
-            rows = [rng.permutation(np.flatnonzero(clips.people == x))[:count] for x in people]
-            enrolled, left[np.concatenate(rows)] = clips.vectors[np.stack(rows)], False
-        draws.append(_judge(model, clips, people, enrolled, groups, left))
+        people = rng.permutation(pool)[: -(-2 * len(pool) // 3)]
+        left = np.ones(len(clips.people), bool)
+        rows = [rng.permutation(np.flatnonzero(clips.people == x))[:count] for x in people]
+        enrolled, left[np.concatenate(rows)] = clips.vectors[np.stack(rows)], False
+        draws.append(_judge(model, clips, people, enrolled, left))
     table = np.ma.masked_invalid([[*x.values()] for x in draws])
     return dict(zip(draws[0], table.mean(0).filled(np.nan).tolist(), strict=True))
 
 
 def _judge(
-    model: backend.Backend, clips: Any, people: np.ndarray, enrolled: np.ndarray,
-    groups: np.ndarray, left: np.ndarray,
-) -> dict[str, float]:  # fmt: skip
+    model: backend.Backend, clips: Any, people: np.ndarray, enrolled: np.ndarray, left: np.ndarray
+) -> dict[str, float]:
     """Names the clips in the mask `left`, and returns name -> share, or NaN without such clips."""
-    decided = decision.decide(model, clips, people, enrolled, groups)
+    decided = decision.decide(model, clips, people, enrolled, np.arange(len(left)))
     known = left & np.isin(clips.people, people)
     strangers = left & ~np.isin(clips.people, people)
     right = decided.named & (decided.best == clips.people)
@@ -116,7 +106,7 @@ def _judge(
     return shares
 
 
-def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
+def measure_net(models: Path, photos: Path) -> list[list[str]]:
     """Returns the rows of a folder of nets: the cells of HEADER."""
     roles = cards.load(models)
     pair = [cards.require(roles, role, models) for role in pipeline.ROLES]
@@ -124,22 +114,17 @@ def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
     back_end = pair[1].back_end
     if back_end is None:
         raise SystemExit(f"{pair[1].path} has no back_end: vidjax convert writes it")
-    model, data = backend.make_card_backend({"face": back_end}), {}
-    if tracks and pair[1].source.sha256 == cards.PUBLISHED["dlib"]["source"]["sha256"]:
-        data["tracks"] = decision.load(Path(tracks))
-    if photos:
-        data["photos"] = read_photos(models, Path(photos)), None
+    model, clips = backend.make_card_backend({"face": back_end}), read_photos(models, photos)
     name = " + ".join(x.path.stem for x in pair)
     name += "" if back_end.pairs[0] else " (card not measured)"
     rows = []
-    for kind, (clips, enrolled) in data.items():
-        for count in COUNTS:
-            shares = measure_names(model, clips, enrolled, count).values()
-            cells = ["" if np.isnan(x) else f"{x:.3f}" for x in shares]
-            rows.append([name, kind, str(count), *cells, *(f"{x:.1f}" for x in times[::-1])])
+    for count in COUNTS:
+        shares = measure_names(model, clips, count).values()
+        cells = ["" if np.isnan(x) else f"{x:.3f}" for x in shares]
+        rows.append([name, "photos", str(count), *cells, *(f"{x:.1f}" for x in times[::-1])])
     return rows
 
 
 if __name__ == "__main__":
-    args = common.parse(__doc__, models=Path, photos="", tracks="")
-    common.print_table(HEADER, measure_net(args.models, args.photos, args.tracks))
+    args = common.parse(__doc__, models=Path, photos=Path)
+    common.print_table(HEADER, measure_net(args.models, args.photos))

