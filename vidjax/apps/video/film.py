@@ -35,7 +35,7 @@ from vidjax.utils.errors import UserError
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
 MOST_KEPT = 96  # pictures of a track
-SPAN_SECONDS = 0.2  # see `cards.Written.span_seconds`; for cards without this field
+SPAN_SECONDS = 0.2  # only the best picture of a person in each interval of this length is kept
 LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
@@ -92,22 +92,36 @@ class Sighting(NamedTuple):
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
     place: np.ndarray  # [4], the box of the face, as fractions of the picture's width and height
+    picture: (
+        np.ndarray
+    )  # uint8 [H, W, 3], the part of the frame with the face, see `align.cut_face`
+    points: np.ndarray  # [5, 2], the points of the face in `picture`
+
+
+class Embedded(NamedTuple):
+    """A face that a net has read."""
+
     crop: np.ndarray  # uint8 [H, W, 3], the aligned face
+    vector: np.ndarray  # [D], its embedding
 
 
 class BestPictures:
     """Keeps the best picture of a person in each interval of `seconds`, at most 96 pictures.
 
-    If there are too many pictures, the length of the intervals is doubled.
+    If there are too many pictures, the length of the intervals is doubled. `pictures` are the first
+    pictures.
     """
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    def __init__(self, seconds: float = SPAN_SECONDS, pictures: Sequence[Sighting] = ()):
+        self._seconds, self._begin_s = seconds, np.inf
         self._best: dict[int, Sighting] = {}
+        for picture in pictures:
+            self.add(picture)
 
     def add(self, new: Sighting) -> None:
         """Adds a picture, which must be later in the film than all pictures added before."""
-        span = int(new.time_s / self._seconds + 1e-3)
+        self._begin_s = min(self._begin_s, new.time_s)
+        span = int((new.time_s - self._begin_s) / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
             self._seconds, before, self._best = 2 * self._seconds, self._best, {}
@@ -155,41 +169,62 @@ class ClipBuilder:
         inside = align.measure_inside(faces.points, template, side, rgb.shape)
         quality = align.measure_quality(faces.scores, faces.points, crops, inside).tolist()
         places = faces.boxes / np.tile(rgb.shape[1::-1], 2)
-        seconds = card.span_seconds or SPAN_SECONDS  # `bool(UNSET)` is False
         for row, track in enumerate(owners[chosen].tolist()):
+            cut = align.cut_face(rgb, faces.points[row], template, side)
             sighting = Sighting(
                 quality[row], next(self._numbers), time_s, frame, float(faces.scores[row]),
-                places[row], crops[row],
+                places[row], *cut,
             )  # fmt: skip
-            self._kept.setdefault(track, BestPictures(seconds)).add(sighting)
+            self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended. `names` yields names for clips.
 
-        If `split` is True, and the track shows several people in turn, makes a clip of each person.
+        Embeds the best picture of each `span_seconds` of the net's card. If `split` is True, and
+        the track shows several people in turn, makes a clip of each person. If the track may show
+        several people, all kept pictures are embedded.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
         sightings = [x for x in kept if x.time_s < track.ends[-1]] or kept
-        vectors = self._nets.embed(np.array([x.crop for x in sightings]))
-        times = np.array([x.time_s for x in sightings])
-        back_end = self._nets.embed.card.back_end if split else None
+        card, embedded = self._nets.embed.card, dict[int, Embedded]()
+        best = BestPictures(card.span_seconds or SPAN_SECONDS, sightings).pictures()
+        vectors, back_end = self._embed(best, embedded), card.back_end if split else None
+        if tracks.may_change(vectors, back_end):
+            best, vectors = sightings, self._embed(sightings, embedded)
+        times = np.array([x.time_s for x in best])
         sighting_s = float(np.median(np.subtract(track.ends, track.times)))
         places = tracks.find_changes(vectors, times, sighting_s > self._held, back_end)
         middles = [float(times[place - 1 : place + 1].mean()) for place in places]
-        vector_of = {x.number: vector for x, vector in zip(sightings, vectors, strict=True)}
         parts = np.searchsorted(middles, times)
         for number, part in enumerate(track.split(middles)):
-            pictures = [x for x, n in zip(sightings, parts, strict=True) if n == number]
-            self._end(part, next(names), pictures, vector_of)
+            pictures = [x for x, n in zip(best, parts, strict=True) if n == number]
+            self._end(part, next(names), pictures, embedded)
+
+    def _embed(self, sightings: Sequence[Sighting], embedded: dict[int, Embedded]) -> np.ndarray:
+        """Returns the embeddings of N sightings, [N, D].
+
+        `embedded` is `Sighting.number` -> aligned face and embedding. Missing ones are added.
+        """
+        card = self._nets.embed.card
+        new = [x for x in sightings if x.number not in embedded]
+        template, (side, _) = np.array(card.template), card.input.size or (0, 0)
+        crops = np.zeros((len(new), side, side, 3), np.uint8)
+        for crop, x in zip(crops, new, strict=True):
+            points = self._nets.detect.find_points(x.picture, x.points, template)
+            matrices = align.fit_similarity(points[None], template)
+            crop[:] = align.warp_faces(x.picture, matrices, side)[0]
+        pairs = zip(crops, self._nets.embed(crops), strict=True)
+        embedded.update(zip((x.number for x in new), map(Embedded._make, pairs), strict=True))
+        return np.array([embedded[x.number].vector for x in sightings])
 
     def _end(
-        self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
+        self, track: Track, name: str, pictures: list[Sighting], embedded: Mapping[int, Embedded]
     ) -> None:
         """Makes the clip `name` of a track.
 
-        `pictures` are the faces of the person, in order of time. `vectors` is `Sighting.number` ->
-        embedding of the face.
+        `pictures` are the faces of the person, in order of time. `embedded` is `Sighting.number` ->
+        aligned face and embedding.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -197,12 +232,13 @@ class ClipBuilder:
             spans[span] = max(x, spans.get(span, x))
         best = [*spans.values()]
         self.arrays[name] = {
-            "face": np.stack([vectors[x.number] for x in best]),
+            "face": np.stack([embedded[x.number].vector for x in best]),
             "face_number": np.array([x.frame for x in best], np.int32),
             "face_detection": np.array([x.detection for x in best], np.float32),
             "face_quality": np.array([x.quality for x in best], np.float32),
         }
         top, card = max(best), self._nets.embed.card
+        crop = embedded[top.number].crop
         clear_quality = card.back_end.clear_quality if card.back_end else None
         written = _to_face_track(track, name)
         written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), media.Box)
@@ -211,16 +247,16 @@ class ClipBuilder:
         written.places = msgspec.convert(places, list[media.Place])
         written.quality = top.quality
         written.clarity = align.measure_clarity(top.quality, clear_quality)
-        written.dark_eyes = bool(align.has_dark_eyes(top.crop[None], np.array(card.template))[0])
+        written.dark_eyes = bool(align.has_dark_eyes(crop[None], np.array(card.template))[0])
         if self.mirrors:
-            pair = self._nets.embed(np.stack([top.crop, top.crop[:, ::-1]]))
+            pair = self._nets.embed(np.stack([crop, crop[:, ::-1]]))
             pair = pair - np.array(card.back_end.centre if card.back_end else 0.0)
             lengths = np.linalg.norm(pair, axis=1)
             cosine = float(pair[0] @ pair[1] / max(lengths.prod(), 1e-30))
             written.mirrored = round(min(max(cosine, -1.0), 1.0), 4)
         if self._thumbnails.is_dir():
             picture = self._thumbnails / f"{name}.png"
-            files.write_bytes(picture, align.encode_thumbnail(top.crop), sync=False)
+            files.write_bytes(picture, align.encode_thumbnail(crop), sync=False)
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:

@@ -287,6 +287,24 @@ def find_least_cosine(back_end: BackEnd, odds: float) -> float:
     return float(np.interp(np.log(odds), same - different, cosines))
 
 
+def may_change(vectors: np.ndarray, back_end: BackEnd | None) -> bool:
+    """Returns whether a track may show several people in turn: its faces differ much.
+
+    `vectors` [N, D] are the embeddings of some faces of the track, in order of time. `back_end` is
+    as in `find_changes`.
+    """
+    if back_end is None:
+        return False
+    unit = _centre(vectors, back_end)
+    return bool(((unit[1:] * unit[:-1]).sum(1) < back_end.same[0]).any())
+
+
+def _centre(vectors: np.ndarray, back_end: BackEnd) -> np.ndarray:
+    """Subtracts the centre of a net's vectors from `vectors` [N, D], and scales to length 1."""
+    centred = vectors.astype(np.float64) - back_end.centre
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
+
+
 def find_changes(
     vectors: np.ndarray, times: np.ndarray, held: bool, back_end: BackEnd | None
 ) -> list[int]:
@@ -305,9 +323,8 @@ def find_changes(
     if back_end is None or len(vectors) < 2:
         return []
     least = 1 if held else max(2, round(PART_SECONDS / float(np.median(np.diff(times)))))
-    centred = vectors.astype(np.float64) - back_end.centre
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    sums = np.concatenate([0 * centred[:1], (centred / np.maximum(lengths, 1e-9)).cumsum(0)])
+    unit = _centre(vectors, back_end)
+    sums = np.concatenate([0 * unit[:1], unit.cumsum(0)])
     least_alike = find_least_cosine(back_end, 1.0 if held else SAME_ODDS)
 
     def find(low: int, high: int) -> list[int]:
