@@ -396,6 +396,8 @@ def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
     found = appearance(0, 1, "Ada")._replace(probability=0.3, evidence=("face", "clips"))
     assert naming.format_certainty(found) == "30 %, by other shots"
     assert naming.format_certainty(found._replace(evidence=("face",))) == "30 %"
+    assert "\nAda?\n" in subtitles.to_subtitles([found], ".srt")
+    assert "\nAda\n" in subtitles.to_subtitles([found._replace(probability=0.5)], ".srt")
 
 
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():

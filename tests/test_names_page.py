@@ -40,6 +40,8 @@ def test_page_shows_times_probabilities_and_links_as_text():
     assert "Bob This person is in no film." in text_of(html)
     html = render([appearance(12.34, 75.0, probability=0.995)])
     assert "0:12\u20131:15 over 99\u00a0%" in text_of(html)
+    html = render([appearance(12.34, 75.0, probability=0.3)])
+    assert "0:12\u20131:15? 30\u00a0%" in text_of(html) and "<bdi>Ada?</bdi>" in html
     html = render([appearance(0, 0, probability=0.9)], films=[film(photo=True)])
     assert "in the photo 90\u00a0%" in text_of(html) and "#t=" not in html
 

@@ -70,7 +70,7 @@ def decide(
 
     `people` [P] are the people, and `chosen` [P, K, D] the vectors of their photos. Tracks with the
     same `owner` [N] vote on one name. Returns `named` [N] bool, `best` [N], the most likely person,
-    and `singly`, N answers without votes.
+    `low` [N] bool, True for a name below one half, and `singly`, N answers without votes.
     """
     rows = np.repeat(np.arange(len(people)), chosen.shape[1])
     enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
@@ -85,7 +85,8 @@ def decide(
     decided = [decided[row] for row in range(len(owner))]
     named = np.array([answer.identity is not None for answer in decided])
     best = np.array([int(answer.best[0][0]) for answer in decided])
-    return SimpleNamespace(named=named, best=best, singly=singly)
+    low = named & np.array([x.probability < answers.MIN_NAMED_PROBABILITY for x in decided])
+    return SimpleNamespace(named=named, best=best, low=low, singly=singly)
 
 
 def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
@@ -114,6 +115,8 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
             "right": np.mean(named[is_known] & right[is_known]),
             "wrong": np.mean(named[is_known] & ~right[is_known]),
             "strangers named": np.mean(named[~is_known]),
+            "right below 0.5": np.mean(decided.low[is_known] & right[is_known]),
+            "strangers below 0.5": np.mean(decided.low[~is_known]),
             **measure_groups(labels, truth),
         })  # fmt: skip
         probabilities.append([own.probability for own in singly])
@@ -160,7 +163,7 @@ def load(folder: Path) -> tuple[SimpleNamespace, np.ndarray]:
 
 if __name__ == "__main__":
     films, photos = load(Path(common.parse(__doc__, tracks="").tracks))
-    for known, count, votes in itertools.product((8, len(photos)), (1, 3), (False, True)):
+    for known, count, votes in itertools.product((8, len(photos)), (1, 2, 3), (False, True)):
         figures = measure(films, photos, known=known, count=count, draws=20, votes=votes)
         cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
         common.print_text(f"{known} people, {count} photos, votes {votes} | {cells}")

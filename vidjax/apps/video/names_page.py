@@ -94,6 +94,7 @@ class PageEntry:
         self._x, self._film, self._data = x, film, data
         self.video = film.video
         self.name = x.identity or IGNORED  # the name of the person, or such as `unknown 3`
+        self.mark = x.mark
         self.seconds = x.end_s - x.start_s
 
     @property

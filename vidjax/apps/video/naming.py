@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer
+from vidjax.apps.gallery.answers import FACE, MIN_NAMED_PROBABILITY, NOBODY, UNKNOWN, Answer
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.media import Box, FaceTrack, MediaFile
@@ -32,6 +32,11 @@ class Appearance(NamedTuple):
     evidence: tuple[str, ...] = ()  # what identified the person, such as "face" and "audio"
     box: Box | None = None  # of the face, from the track with the most sightings
     box_at_s: float | None = None  # the time of the picture with the box
+
+    @property
+    def mark(self) -> str:
+        """Returns what texts for readers write after the name: "?" below one half, else ""."""
+        return "" if (self.probability or 1.0) >= MIN_NAMED_PROBABILITY else "?"
 
 
 def format_certainty(appearance: Appearance) -> str:

@@ -99,8 +99,9 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
+            name = f"{appearance.identity}{appearance.mark}"
             for seconds, change in ((appearance.start_s, 1), (appearance.end_s, -1)):
-                changes.setdefault(round(seconds, 3), []).append((str(appearance.identity), change))
+                changes.setdefault(round(seconds, 3), []).append((name, change))
     seen = Counter[str]()
     for begin, end in itertools.pairwise(sorted(changes)):
         for name, change in changes[begin]:

@@ -85,7 +85,7 @@ class WhoResults(NamedTuple):
         """The film, the time and the person of each appearance, as texts."""
         rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
-            name = appearance.identity or IGNORED
+            name = (appearance.identity or IGNORED) + appearance.mark
             time = names_page.format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, naming.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
