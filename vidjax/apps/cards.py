@@ -144,8 +144,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     width: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
-    # Of the pictures of a face in a film, the best one in each span of this many seconds is used.
-    span_seconds: Annotated[float, Meta(ge=0.05, le=60)] | UnsetType = UNSET
+    # The best one of this many pictures of a face in a film is embedded.
+    pictures_per_vector: Annotated[int, Meta(ge=1, le=96)] | UnsetType = UNSET
     licence: Licence
     source: Source
     conversion: Text

@@ -92,9 +92,7 @@ class Sighting(NamedTuple):
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
     place: np.ndarray  # [4], the box of the face, as fractions of the picture's width and height
-    picture: (
-        np.ndarray
-    )  # uint8 [H, W, 3], the part of the frame with the face, see `align.cut_face`
+    picture: np.ndarray  # uint8 [H, W, 3], the frame around the face, see `align.cut_face`
     points: np.ndarray  # [5, 2], the points of the face in `picture`
 
 
@@ -106,22 +104,18 @@ class Embedded(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a person in each interval of `seconds`, at most 96 pictures.
+    """Keeps the best picture of a person in each interval of 0.2 seconds, at most 96 pictures.
 
-    If there are too many pictures, the length of the intervals is doubled. `pictures` are the first
-    pictures.
+    If there are too many pictures, the length of the intervals is doubled.
     """
 
-    def __init__(self, seconds: float = SPAN_SECONDS, pictures: Sequence[Sighting] = ()):
-        self._seconds, self._begin_s = seconds, np.inf
+    def __init__(self) -> None:
+        self._seconds = SPAN_SECONDS
         self._best: dict[int, Sighting] = {}
-        for picture in pictures:
-            self.add(picture)
 
     def add(self, new: Sighting) -> None:
         """Adds a picture, which must be later in the film than all pictures added before."""
-        self._begin_s = min(self._begin_s, new.time_s)
-        span = int((new.time_s - self._begin_s) / self._seconds + 1e-3)
+        span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
             self._seconds, before, self._best = 2 * self._seconds, self._best, {}
@@ -131,6 +125,15 @@ class BestPictures:
     def pictures(self) -> list[Sighting]:
         """Returns the kept pictures, at most 96, in order of time."""
         return [*self._best.values()]
+
+
+def choose_best(pictures: Sequence[Sighting], count: int) -> list[Sighting]:
+    """Divides pictures into `count` equal parts of the time; returns the best one of each part.
+
+    If there are at most `count` pictures, returns all. `pictures` are in order of time.
+    """
+    parts = np.array_split(np.arange(len(pictures)), min(count, len(pictures)))
+    return [max(pictures[index] for index in part) for part in parts]
 
 
 class ClipBuilder:
@@ -180,15 +183,16 @@ class ClipBuilder:
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended. `names` yields names for clips.
 
-        Embeds the best picture of each `span_seconds` of the net's card. If `split` is True, and
-        the track shows several people in turn, makes a clip of each person. If the track may show
-        several people, all kept pictures are embedded.
+        Embeds the best of each `pictures_per_vector` pictures, see the net's card, but at least two
+        pictures. If these faces differ much, all kept pictures are embedded. If `split` is True,
+        and the track shows several people in turn, makes a clip of each person.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
         sightings = [x for x in kept if x.time_s < track.ends[-1]] or kept
         card, embedded = self._nets.embed.card, dict[int, Embedded]()
-        best = BestPictures(card.span_seconds or SPAN_SECONDS, sightings).pictures()
+        count = max(2, round(len(sightings) / (card.pictures_per_vector or 1)))
+        best = choose_best(sightings, count)
         vectors, back_end = self._embed(best, embedded), card.back_end if split else None
         if tracks.may_change(vectors, back_end):
             best, vectors = sightings, self._embed(sightings, embedded)
@@ -226,11 +230,7 @@ class ClipBuilder:
         `pictures` are the faces of the person, in order of time. `embedded` is `Sighting.number` ->
         aligned face and embedding.
         """
-        spans: dict[int, Sighting] = {}
-        for index, x in enumerate(pictures):
-            span = index * MOST_FRAMES // len(pictures)
-            spans[span] = max(x, spans.get(span, x))
-        best = [*spans.values()]
+        best = choose_best(pictures, MOST_FRAMES)
         self.arrays[name] = {
             "face": np.stack([embedded[x.number].vector for x in best]),
             "face_number": np.array([x.frame for x in best], np.int32),
