@@ -271,6 +271,25 @@ def test_prelu_of_an_image_is_replaced_and_the_vectors_stay_equal(convert, shape
     np.testing.assert_allclose(vectors, nets.Embedder(card, net)(crops), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Reshape", "ReduceMax"])
+def test_net_whose_vectors_depend_on_other_faces_reads_one_face_at_a_time(convert, kind):
+    def add(model):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 112, 112]), "shape"))
+        node = make_node("Reshape", ["data", "shape"], ["one"])
+        if kind == "ReduceMax":
+            node = make_node(kind, ["data"], ["one"], axes=[0])
+        model.graph.node.insert(0, node)
+        for node in model.graph.node[1:]:
+            node.input[:] = ["one" if x == "data" else x for x in node.input]
+
+    net = made.embedder(128)
+    _, path = convert(edit(net, add), "--like=sface")
+    crops = np.random.default_rng(1).integers(0, 256, (3, 112, 112, 3), np.uint8)
+    embedder = nets.Embedder(cards.read(path))
+    assert not embedder.takes_many
+    np.testing.assert_allclose(embedder(crops), nets.Embedder(cards.read(path), net)(crops), 1e-5)
+
+
 def edit(content, change):
     """Returns a net after `change`, a function that changes its onnx.ModelProto."""
     model = onnx.load_model_from_string(content)

@@ -29,7 +29,7 @@ SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
 PRESETS = {
     "default": media.ExtractionSettings(),
-    "fast": media.ExtractionSettings(fps=2, size=448),
+    "fast": media.ExtractionSettings(fps=1),
 }
 
 
@@ -116,7 +116,7 @@ def compare_presets(folder: Path, photos: list[list[Path]], models: Path) -> Ite
     films.write(path, show_photos(photos, 720, 1280))
     appearances = []
     for settings in PRESETS.values():
-        start, out = common.children_seconds(), folder / f"who{settings.size}"
+        start, out = common.children_seconds(), folder / f"who{settings.fps}"
         named = who.name_people([path], first, out, models, settings)
         appearances.append(named.decision.appearances)
         cpu = round(common.children_seconds() - start, 1)

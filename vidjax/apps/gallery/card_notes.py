@@ -174,7 +174,7 @@ def describe(state: State) -> str:
     if not face or face.is_measured:
         return ""
     text = "this net is not yet tested on your photos, so fewer people get a name"
-    return f"{text}\n{_advise_to_measure(models)}"
+    return f"{text}\nif names are wrong, {CONVERT}\n{_advise_to_measure(models)}"
 
 
 def warn(state: State) -> None:

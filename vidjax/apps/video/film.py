@@ -34,8 +34,7 @@ from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
-MOST_KEPT = 96  # pictures of a track
-SPAN_SECONDS = 0.2  # only the best picture of a person in each interval of this length is kept
+MOST_KEPT, SPAN_SECONDS = 96, 0.2  # see `BestPictures`
 LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
@@ -146,7 +145,7 @@ class ClipBuilder:
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
-        self._kept: dict[int, BestPictures] = {}
+        self._kept = defaultdict[int, BestPictures](BestPictures)
         self._numbers = itertools.count()
         self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
@@ -178,7 +177,7 @@ class ClipBuilder:
                 quality[row], next(self._numbers), time_s, frame, float(faces.scores[row]),
                 places[row], *cut,
             )  # fmt: skip
-            self._kept.setdefault(track, BestPictures()).add(sighting)
+            self._kept[track].add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended. `names` yields names for clips.
@@ -261,7 +260,8 @@ class ClipBuilder:
 
     def keep(self, live: set[int]) -> None:
         """Frees memory: deletes the pictures of all tracks whose numbers are not in `live`."""
-        self._kept = {number: kept for number, kept in self._kept.items() if number in live}
+        for number in self._kept.keys() - live:
+            del self._kept[number]
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FaceTrack]) -> int:
         """Adds embeddings of voices to clips; returns the number of clips with a voice.

@@ -429,7 +429,8 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
 
     `fields` are the fields of the card that are known before the net runs. If a detector declares
     images of any size, but does not run with some of them, its card allows only 640 x 640 pixels.
-    If a net computes a vector of a face, its other outputs are removed.
+    If a net computes a vector of a face, its other outputs are removed. If the vector of a face
+    depends on other faces in the call, the net reads one face at a time.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -443,7 +444,12 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
         else:
             if vector := _find_vector(family, opened, net):
                 return _measure(fields, family, _keep_vector(net, vector))
-            fields["width"] = _find_width(family, opened, net)
+            if opened.takes_many and not _takes_pair(opened):
+                net.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+                content = net.model.SerializeToString(deterministic=True)
+                return _measure(fields, family, net._replace(content=content))
+            (vector,) = opened.ask(nets.make_formula_inputs(card, SEED)).values()
+            fields["width"] = vector.shape[1]
         output, other = (opened.answer_formula(seed) for seed in (SEED, OTHER_SEED))
     except UserError as error:
         if card.role == "face_detector" and not card.input.size:
@@ -516,20 +522,16 @@ def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
     return net._replace(content=net.model.SerializeToString(deterministic=True))
 
 
-def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
-    """Returns the width D of the vectors that a net computes of faces.
-
-    Raises UserError if the vector of a face depends on the other faces in the call.
-    """
+def _takes_pair(opened: Net) -> bool:
+    """Returns whether a net computes the vector of a face also in a call with another face."""
     first, second = (nets.make_formula_inputs(opened.card, seed) for seed in (SEED, OTHER_SEED))
     (single,) = opened.ask(first).values()
-    if opened.takes_many:
-        pair = {name: np.concatenate([x, second[name]]) for name, x in first.items()}
-        (both,) = opened.ask(pair).values()
-        most = HALF_TOLERANCE * np.abs(single).max()
-        if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
-            raise net.refuse(family, " (the vector of a face depends on the rest of the batch)")
-    return single.shape[1]
+    try:
+        (both,) = opened.ask({x: np.concatenate([first[x], second[x]]) for x in first}).values()
+    except NetError:
+        return False
+    most = HALF_TOLERANCE * np.abs(single).max()
+    return both.shape == (2, single.shape[1]) and bool(np.abs(both[0] - single[0]).max() <= most)
 
 
 if __name__ == "__main__":
