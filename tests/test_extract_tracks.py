@@ -5,6 +5,7 @@ import itertools
 import os
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -17,7 +18,7 @@ from tests.helpers.embeddings import CARD
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.video import align, cuts, media_files, shots, tracks, who
+from vidjax.apps.video import align, cuts, media_files, nets, shots, tracks, who
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -268,6 +269,43 @@ def test_reduced_crops_are_means_over_areas():
         small_board, small_noise, _ = inside.T
         assert len(inside) > 100 and small_noise.std() < 30  # the deviation of `noise` is 74
         np.testing.assert_allclose(small_board, 127.5, atol=15)  # the mean of 0 and 255
+
+
+@pytest.mark.parametrize(("angle", "scale"), [(0.1, 1), (0.5, 0.4), (-0.6, 5), (0.4, 12), (3.0, 1)])
+def test_points_are_found_again_in_a_face_that_was_cut_out(angle, scale):
+    """A point is a square of one colour. The detected points are wrong by a shift and a turn."""
+    points = TEMPLATE @ turn(angle, scale)[:, :2].T
+    points += 150 * scale - points.mean(0)
+    picture = np.zeros((int(300 * scale), int(300 * scale), 3), np.uint8)
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
+    for (x, y), colour in zip(points, colours, strict=True):
+        half = max(1.5, 4 * scale)
+        picture[round(y - half) : round(y + half) + 1, round(x - half) : round(x + half) + 1] = (
+            colour
+        )
+
+    def search(patch):
+        near = (np.abs(patch[:, :, None].astype(int) - colours).sum(-1) < 200).reshape(-1, 5)
+        rows, columns = np.indices(patch.shape[:2]).reshape(2, -1)
+        seen = [[columns[of].mean(), rows[of].mean()] for of in near.T if of.any()]
+        found = np.array(seen).reshape(-1, 5, 2)
+        return nets.Faces(np.zeros((len(found), 4)), np.ones(len(found)), found)
+
+    detector = object.__new__(nets.Detector)
+    detector.card, detector.search = SimpleNamespace(decoder="yunet"), search
+    middle = points.mean(0)
+    detected = middle + (points - middle) @ turn(0.08, 1.05, 0)[:, :2].T + 2 * scale
+    face, moved = align.cut_face(picture, detected, TEMPLATE, 150)
+    assert max(face.shape) <= 3 * 1.6 * 150 * 2**0.5 + 9
+    known = align.fit_similarity(moved[None], detected)[0]
+    new = detector.find_points(face, moved, TEMPLATE) @ known[:, :2].T + known[:, 2]
+    expected = (points + detected) / 2 if abs(angle) < 0.2 else points
+    np.testing.assert_allclose(new, expected, atol=1.5 * max(scale, 0.7))
+    # Without a face in the part of the picture, and for other detectors, the points stay.
+    detector.search = lambda patch: nets.NO_FACES
+    assert detector.find_points(face, moved, TEMPLATE) is moved
+    detector.card = SimpleNamespace(decoder="centerface")
+    assert detector.find_points(face, moved, TEMPLATE) is moved
 
 
 def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head():

@@ -6,6 +6,7 @@ left of the picture.
 """
 
 import io
+import math
 
 import numpy as np
 
@@ -137,7 +138,8 @@ def cut_face(
     """
     (matrix,) = fit_similarity(points[None], template)
     corners = size / 2 + FACE_REACH * size * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])
-    factor = max(1, int(1.0 / max(FACE_DETAIL * np.sqrt(np.linalg.det(matrix[:, :2])), 1e-3)))
+    scale = max(np.sqrt(np.linalg.det(matrix[:, :2])), 1e-3)
+    factor = math.ceil(1 / (FACE_DETAIL * scale))
     part, shift = _cut_region(rgb, _unmap(matrix, corners), factor)
     return part.copy(), points / factor + shift
 
