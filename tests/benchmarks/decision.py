@@ -1,7 +1,8 @@
 """Measures the names of people and the groups of unknown people in films.
 
-    python -m tests.benchmarks.decision --tracks=FOLDER
+    python -m tests.benchmarks.decision --tracks=FOLDER [--pictures=P]
 
+With `--pictures=P`, a track has one vector for P pictures, see `film.choose_best`.
 FOLDER contains `tracks.npz`, with vectors of faces in films and in photos, and the true people. In
 each of several random draws, some people are enrolled by photos. All other people are strangers.
 """
@@ -18,14 +19,14 @@ from tests.benchmarks.calibration import compute_calibration_error
 from tests.helpers.embeddings import CARD, unit
 from vidjax.apps.gallery import answers, backend, grouping
 from vidjax.apps.gallery.index import Index
-from vidjax.apps.video import align
+from vidjax.apps.video import align, film
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
 
 RULE = answers.Rule("new", np.log(0.5), True, None, "")  # a probability above 0.5
 
 
-def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
+def split_tracks(data: dict[str, np.ndarray], pictures: int) -> SimpleNamespace:
     """Returns N tracks. A track of `tracks.npz` is split where its face changes.
 
     `vectors` [N, D] have the length 1. `people` [N] are the true people, and `clips` are N names.
@@ -35,9 +36,11 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
         for begin, end in itertools.pairwise([low, *(low + x for x in changes), high]):
-            rows = slice(begin, end)
-            weight = np.maximum(data["quality"][rows], 1e-3)
-            vectors.append(unit(weight @ unit(data["vector"][rows])))
+            faces: Any = [(data["quality"][row], row) for row in range(begin, end)]
+            chosen: Any = film.choose_best(faces, max(2, round(len(faces) / pictures)))
+            rows, few = slice(begin, end), [row for _, row in chosen]
+            weight = np.maximum(data["quality"][few], 1e-3)
+            vectors.append(unit(weight @ unit(data["vector"][few])))
             names, counts = np.unique(data["person"][rows], return_counts=True)
             people.append(int(names[counts.argmax()]))
             shot = f"{data['film'][track]}.s{data['shot'][track]:03}"
@@ -45,9 +48,9 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
             times.append((data["film"][track], *data["time_s"][rows][[0, -1]]))
             best = float(data["quality"][rows].max())
             clarity.append(align.measure_clarity(best, CARD.clear_quality))
-    film, begin, end = map(np.array, zip(*times, strict=True))
+    of, begin, end = map(np.array, zip(*times, strict=True))
     overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
-    pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
+    pairs = np.argwhere(np.triu((of[:, None] == of) & overlap, 1)).tolist()
     apart = [(clips[a], clips[b]) for a, b in pairs]
     return SimpleNamespace(
         vectors=np.array(vectors, np.float32), people=np.array(people), clips=clips, apart=apart,
@@ -152,17 +155,18 @@ def group_few(films: Any, photos: Any, *, each: int, draws: int) -> dict[str, fl
     return {name: float(np.mean([x[name] for x in figures])) for name in figures[0]}
 
 
-def load(folder: Path) -> tuple[SimpleNamespace, np.ndarray]:
+def load(folder: Path, pictures: int = 1) -> tuple[SimpleNamespace, np.ndarray]:
     """Returns the tracks, and the unit vectors [P, K, D] float32 of K photos of P people."""
     with np.load(folder / "tracks.npz") as file:
         data = dict(file)
     photos = unit(data["photo_vector"]).astype(np.float32)
     photos = photos.reshape(data["photo_person"].max() + 1, -1, photos.shape[1])
-    return split_tracks(data), photos
+    return split_tracks(data, pictures), photos
 
 
 if __name__ == "__main__":
-    films, photos = load(Path(common.parse(__doc__, tracks="").tracks))
+    args = common.parse(__doc__, tracks="", pictures=1)
+    films, photos = load(Path(args.tracks), args.pictures)
     for known, count, votes in itertools.product((8, len(photos)), (1, 2, 3), (False, True)):
         figures = measure(films, photos, known=known, count=count, draws=20, votes=votes)
         cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
