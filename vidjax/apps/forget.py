@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 from vidjax.apps.traces import PARTIAL, Trace, Traces, list_clear_names
@@ -297,7 +296,7 @@ def _list_clips(
     The result is clip -> its vectors. A vector of zeros is left out.
     """
     clips, found = gallery.state.clips, dict[str, set[bytes]]()
-    parts = stack_parts(gallery.state, [*clips])
+    parts = gallery.state.stack_parts([*clips])
     for (name, clip), *of_clip in zip(clips.items(), *parts, strict=True):
         own = {part.tobytes() for part in of_clip if part.any()}
         is_named = clip.identity in people or strip_ending(normal_form(name)) in names

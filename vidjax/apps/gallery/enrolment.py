@@ -17,6 +17,7 @@ from vidjax.apps.gallery.store import (
     StoredClip,
     VectorOrigin,
     list_clips_of,
+    stack_vectors,
 )
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
@@ -70,21 +71,6 @@ def _stack_films(
     film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
     ordered = [name for clip_names in films.values() for name in clip_names]
     return [identity for identity, _ in films], film, stack_vectors(ordered, clips, width)
-
-
-def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
-
-    `clips` are name -> clip. A vector contains all modalities.
-    """
-    vectors = [clips[name].vector for name in names]
-    return np.array(vectors, np.float32).reshape(len(names), width)
-
-
-def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
-    """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
-    backend = state.index.backend
-    return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
 
 
 def stack_people(

@@ -151,6 +151,11 @@ class State(NamedTuple):
         """The people, sorted by name, without strangers: name -> sorted names of the clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
+    def stack_parts(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
+        backend = self.index.backend
+        return backend.split(stack_vectors(names, self.clips, sum(backend.widths.values())))
+
 
 def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
     """Groups clips by person: returns name of a person -> sorted names of the clips.
@@ -159,6 +164,15 @@ def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]
     """
     clips_of = group_by_key((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
+
+
+def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
+    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
+
+    `clips` are name -> clip. A vector contains all modalities.
+    """
+    vectors = [clips[name].vector for name in names]
+    return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 class UnreadableError(UserError):
