@@ -49,7 +49,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     film = outcome.media
     if outcome.copy:
         return
-    if film is None:
+    if outcome.error or film is None:
         say(outcome.error, warning=True)
         return
     faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
@@ -74,9 +74,10 @@ def run_extract(args: argparse.Namespace) -> Result:
         done=print_outcome, tell=print_note, check=args.check,
         prune=args.prune, forget_missing=args.forget_missing,
     )  # fmt: skip
-    films = [outcome.media for outcome in outcomes if outcome.media and not outcome.copy]
-    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
-    new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
+    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.error}
+    read = [outcome for outcome in outcomes if not outcome.error]
+    films = [outcome.media for outcome in read if outcome.media and not outcome.copy]
+    new = [outcome.media for outcome in read if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     facts = {

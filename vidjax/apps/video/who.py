@@ -170,10 +170,10 @@ def name_people(
             films, out / FEATURES, settings=settings, done=done, tell=note,
             prune=prune, forget_missing=forget_missing, **options,
         )  # fmt: skip
-        failed = found.failed | {str(x.path): x.remedy for x in read if not x.media}
+        failed = found.failed | {str(x.path): x.remedy for x in read if x.error}
         with log.lock(out, WAIT_SECONDS):
             changed = {x.media.sha256 for of in found.outcomes.values() for x in of
-                       if x.media and not x.kept}  # fmt: skip
+                       if x.media and not (x.kept or x.error)}  # fmt: skip
             faces = results.load_faces(out, _drop_clips(state, changed))
             is_alike, forgotten = False, list[Note]()
             if folder is not None:
@@ -390,7 +390,7 @@ def _forget(
 
 def _remove_photos(out: Path, found: FoundPhotos, all_others: bool) -> None:
     """Removes the features of photos that the log no longer mentions and no folder shows."""
-    shown = {x.known.sha256 for of in found.outcomes.values() for x in of if x.known}
+    shown = {x.media.sha256 for of in found.outcomes.values() for x in of if x.media}
     said = {line.film for line in log.read(out) if line.says == "photo"}
     kept = {
         stem for stem, photo in media.describe_media_files(out / PEOPLE).items()
