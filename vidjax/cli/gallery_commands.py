@@ -307,7 +307,8 @@ def _enrol(args: argparse.Namespace) -> Result:
         return _enrol_photos(args)
     _refuse(args, "without --photos", "models")
     labels = clip_inputs.read_labels(args.labels) if args.labels else None
-    inputs = clip_inputs.list_inputs(args.input or ())
+    # A folder of tables is replaced by its tables.
+    inputs = [x for path in args.input or () for x in bulk.list_tables(path) or [path]]
     gallery = _open(args)
 
     def begin(number: int, given: object) -> None:

@@ -49,14 +49,7 @@ from vidjax.apps.gallery.changes import Draft, Enrolment, check_clip, find_perso
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.run_vectors import RunVectors
-from vidjax.apps.gallery.store import (
-    STRANGER,
-    ResultError,
-    State,
-    Store,
-    StoredClip,
-    VectorOrigin,
-)
+from vidjax.apps.gallery.store import STRANGER, ResultError, State, Store, StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors
 from vidjax.apps.gallery.verification import Match, Verification
 from vidjax.apps.server_limits import LOCK_SECONDS
@@ -306,10 +299,7 @@ class Gallery:
         return self._checked[1]
 
     def embed(
-        self,
-        clips: AnyClips,
-        split: str | None = None,
-        advance: Advance = ignore_count,
+        self, clips: AnyClips, split: str | None = None, advance: Advance = ignore_count
     ) -> Vectors:
         """Computes the vectors of clips.
 

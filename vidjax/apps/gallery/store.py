@@ -108,10 +108,6 @@ class _Facts(Struct, omit_defaults=True):
     rows: Sha256  # the sum of the digests of all other rows
     command: Text = ""  # see `State`
 
-    @property
-    def widths(self) -> dict[str, int]:
-        return {part.name: part.width for part in self.parts}
-
 
 class StoredClip(NamedTuple):
     """A clip of a person or of a stranger, with its vector."""
@@ -609,8 +605,8 @@ def _read(connection: sqlite3.Connection) -> State:
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
-    width = sum(facts.widths.values())
-    if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
+    width = sum(part.width for part in facts.parts)
+    if width > MAX_VECTOR_WIDTH or len({part.name for part in facts.parts}) < len(facts.parts):
         raise UserError(f"'gallery' lists a modality twice, or too long vectors: {width:,} numbers")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
@@ -620,7 +616,7 @@ def _read(connection: sqlite3.Connection) -> State:
     owners, fitted = (person or None for person in people), map(bool, numbers["fitted"].tolist())
     clips = dict(zip(names, map(StoredClip, owners, numbers["vector"], fitted), strict=True))
     entries = len(names)
-    layout = _person_layout(facts.widths.values())
+    layout = _person_layout(backend.widths.values())
     (names,), numbers, others = _read_table(connection, "person", layout, 1)
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)

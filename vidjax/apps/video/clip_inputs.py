@@ -35,11 +35,6 @@ Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
 Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
 
 
-def list_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """Returns the paths to read. A folder of parquet tables is replaced by these tables."""
-    return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
-
-
 def check_input(
     gallery: Gallery, path: Path, *, has_people: bool = False, of_person: bool = False
 ) -> None:
@@ -123,7 +118,7 @@ def enrol(
     """Enrols the clips of several inputs, one after the other.
 
     Args:
-      inputs: the paths of clips, see `list_inputs`, or a dataset. Of a dataset, `split` is read.
+      inputs: the paths of clips, or a dataset. Of a dataset, `split` is read.
       identities: the person of all clips, or clip -> person. By default, the inputs contain the
         people: a table has a column `identity`, a folder has a folder for each person.
       clip: the only clip to enrol; None for all.

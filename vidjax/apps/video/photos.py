@@ -488,17 +488,14 @@ def find_absent(
             continue
         path = source_of.get(film)
         is_replaced = path is not None and str(path) in places
-        waits = x.name in unread or (path is not None and not _is_deleted(path))
+        # The photo may be elsewhere, for example only in the cloud.
+        may_exist = path and not (media_files.is_missing(path) or os.path.exists(path))
+        waits = x.name in unread or may_exist
         if forget_missing or is_replaced or (is_shown and not waits):
             gone[Line(says="gone", film=film, name=x.name)] = None
         elif x.person:
             missing[said.find_root(x.person)] = str(x.name)
     return [*gone], missing
-
-
-def _is_deleted(path: Path) -> bool:
-    """Returns False if a photo may exist elsewhere, for example only in the cloud."""
-    return media_files.is_missing(path) or os.path.exists(path)
 
 
 # ---- doubtful photos
@@ -618,9 +615,8 @@ def enrol_folder(
         )  # fmt: skip
         labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
         entries = {
-            clip: StoredClip(labels[x.person], vector_of[x.track.clip])
-            for clip, x in faces.items()
-        }  # fmt: skip
+            clip: StoredClip(labels[x.person], vector_of[x.track.clip]) for clip, x in faces.items()
+        }
         unchanged = {
             clip for clip, x in entries.items()
             if clip in draft.clips and shows_same(draft.backend, draft.clips[clip], x)

@@ -39,19 +39,10 @@ from vidjax.apps.gallery.changes import advise_other_films
 from vidjax.apps.gallery.enrolment import make_state
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import NoGalleryError, State
-from vidjax.apps.video import (
-    heirs,
-    log,
-    media,
-    media_files,
-    names_page,
-    naming,
-    photos,
-    pipeline,
-    results,
-)
+from vidjax.apps.video import heirs, log, media, media_files, naming, photos, pipeline, results
 from vidjax.apps.video.decide import Decision, Faces, Rule, decide, enrol, list_new_lines
 from vidjax.apps.video.media import FEATURES, PEOPLE, ExtractionSettings
+from vidjax.apps.video.names_page import format_appearance_time
 from vidjax.apps.video.photos import FoundPhotos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, UNKNOWN
@@ -86,7 +77,7 @@ class WhoResults(NamedTuple):
         rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
             name = (appearance.identity or IGNORED) + appearance.mark
-            time = names_page.format_appearance_time(appearance, films[appearance.video])
+            time = format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, naming.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
         return rows
@@ -329,13 +320,8 @@ def _follow_photos(
     names = {x.identity for clip, x in enrolled.clips.items() if clip in is_new and x.identity}
     advise_other_films(enrolled, sorted(map(str, names)))
     _remove_photos(out, found, forget_missing or not missing)
-    origin = enrolled.origin
-    return (
-        faces._replace(state=faces.state._replace(origin=origin)),
-        doubtful.is_alike,
-        [*missing.values()],
-        notes,
-    )
+    faces = faces._replace(state=faces.state._replace(origin=enrolled.origin))
+    return faces, doubtful.is_alike, [*missing.values()], notes
 
 
 def _report_missing(people: Path, missing: Mapping[str, str], said: Said, tell: Tell) -> None:
@@ -351,11 +337,7 @@ def _report_missing(people: Path, missing: Mapping[str, str], said: Said, tell: 
 
 
 def _forget(
-    out: Path,
-    before: Said,
-    after: Said,
-    found: FoundPhotos,
-    forget_missing: bool,
+    out: Path, before: Said, after: Said, found: FoundPhotos, forget_missing: bool
 ) -> list[Note]:
     """Forgets people whose photos were all deleted; returns notes about them.
 
