@@ -34,7 +34,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, card_notes
+from vidjax.apps.gallery import answers as answers_lib, card_notes
+from vidjax.apps.gallery.backend import compare_equal
 from vidjax.apps.gallery.changes import advise_other_films
 from vidjax.apps.gallery.enrolment import make_state
 from vidjax.apps.gallery.gallery import Gallery
@@ -214,16 +215,14 @@ def _open(out: Path, models: Path, tell: Tell) -> tuple[Gallery, State]:
         with log.lock(out, WAIT_SECONDS):
             log.append(out, [])
     log.read(out)  # refuses results of earlier versions
-    path, (origin, back_ends) = out / results.GALLERY, card_notes.read_cards(models)
+    path, (origin, backend) = out / results.GALLERY, card_notes.read_cards(models)
     try:
         gallery = Gallery(path)
     except NoGalleryError:  # also if an earlier call was killed while it made the gallery
         gallery = Gallery.of_models(path, models, results.COMMAND)
-    state, backend = gallery.state, backend_lib.make_card_backend(back_ends)
+    state = gallery.state
     _change_nets(out, models, tell)
-    if state.origin.cards != origin.cards or not backend_lib.compare_equal(
-        state.index.backend, backend
-    ):
+    if state.origin.cards != origin.cards or not compare_equal(state.index.backend, backend):
         state = make_state(state.version, origin, backend, {}, state.command)
     return gallery, state
 
