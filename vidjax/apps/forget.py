@@ -191,9 +191,8 @@ class _Search:
     def __init__(self, people: set[str], clips: set[str], places: Iterable[Path], *, delete: bool):
         self._people, self._clips, self._delete = people, clips, delete
         self.found, self.known, self._kinds = list[Place](), set[str](), dict[Path, str]()
-        paths = self._survey(places)
         # Folder that is listed instead of its files -> its files. Other files have the key None.
-        self._files = group_by_key((self._find_whole(path), path) for path in paths)
+        self._files = group_by_key((self._find_whole(x), x) for x in self._survey(places))
         self._own = dict[Gallery, dict[str, set[bytes]]]()
         for folder, kind in self._kinds.items():
             if kind == "gallery" and (gallery := self._read(folder, Gallery)):

@@ -219,8 +219,7 @@ def name_people(args: argparse.Namespace) -> Result:
         done=print_outcome, tell=print_note, **_read_choice(args),
     )  # fmt: skip
     if args.review:
-        reviewed = _review(args)
-        done = reviewed._replace(failed=done.failed, missed=done.missed)
+        done = _review(args)._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 
 

@@ -365,8 +365,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     done = photos.enrol_folder(gallery, args.photos, models, workers, tell)
     facts, texts = done._asdict(), messages.describe_failed(done.failed)
     facts["failed"] = [*done.failed]
-    result = _show_enrolled(gallery, facts, "face", texts)
-    return result._replace(code=1 if done.failed else 0)
+    return _show_enrolled(gallery, facts, "face", texts)._replace(code=1 if done.failed else 0)
 
 
 def _group(args: argparse.Namespace) -> Result:

@@ -397,9 +397,8 @@ def _describe_growth(state: State) -> str:
 
     Otherwise, returns "".
     """
-    clips = state.clips.values()
     fitted = state.index.remember(
-        "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
+        "fitted", lambda: len({x.identity for x in state.clips.values() if x.fitted and x.identity})
     )
     if not 0 < MAX_GROWTH * fitted < (people := len(state.index.names)):
         return ""

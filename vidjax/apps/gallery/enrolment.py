@@ -117,8 +117,7 @@ def make_state(
     """Makes the content of a gallery from its clips. Enrols all people, see `enrol`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
-    blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
-    index = Index(backend, blocks)
+    index = Index(backend, enrol(backend, people, clips, of_plda=origin.counts_every_clip))
     return State(version, origin, index, clips, clips_of, command=command)
 
 

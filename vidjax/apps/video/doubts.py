@@ -135,8 +135,7 @@ def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[
     is_largest = np.array([len(side) == max(map(len, sides_of[x])) for x, side in sides], bool)
     units = backend.whiten(state.stack_parts([clip for _, side in sides for clip in side]))
     owner = np.repeat(np.arange(len(sides)), sizes)
-    sums = [sum_by_owner(x, owner, len(sides)) for x in units]
-    groups = backend.summarise(sums)
+    groups = backend.summarise([sum_by_owner(x, owner, len(sides)) for x in units])
     least = np.log(LEAST_ODDS) + np.log(max(len(sides_of) - 1, 1))
     wrong, mixed = dict[str, str | None](), dict[str, list[Side]]()
     for split, own in sides_of.items():

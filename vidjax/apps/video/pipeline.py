@@ -131,8 +131,7 @@ def extract_files(
     media_files.check_apart(listed, out)
     with files.lock(files.make_folder(out, "out", mode=0o700), "features"):
         files.refuse_links(out)
-        cards = {role: card.digest for role, card in known.items()}
-        used = _check_extraction(out, cards, settings)
+        used = _check_extraction(out, {role: x.digest for role, x in known.items()}, settings)
         folder = _prepare_folder(out, used, tagged, thumbnails, tell)
         addresses = [media.make_address(path) for path in listed]
         jobs = [
@@ -412,8 +411,7 @@ def _keep(job: _Job, stem: str, source: FileStamp, *, turned: bool = False) -> F
     is_copy = turned or job.folder.place(stem, source, job.path.name)
     job.folder.used.add(stem)
     if is_copy and is_new and not job.folder.tagged:
-        about = f"{job.path} is a copy of {film.source.path} and is left out"
-        job.tell(Note(about, warning=False))
+        job.tell(Note(f"{job.path} is a copy of {film.source.path} and is left out", warning=False))
     return FileOutcome(job.path, film, kept=True, copy=is_copy)
 
 

@@ -104,8 +104,7 @@ def write(
     faces = decision.faces
     if faces.vectors and decision.votes and decision.votes is not faces.votes:
         digest = _digest_votes(faces.films, faces.vectors, faces.state)
-        content = {"digest": digest, "votes": decision.votes}
-        files.write_json(out / FEATURES / VOTES, content)
+        files.write_json(out / FEATURES / VOTES, {"digest": digest, "votes": decision.votes})
         files.hide(out / FEATURES / VOTES)
     about = "" if explained else card_notes.describe(decision.state)
     here = out.resolve()
@@ -124,8 +123,7 @@ def write(
         (out / name).unlink(missing_ok=True)
     for name in TABLES:
         subtitles.write(out / name, decision.appearances, decision.films)
-    places_of = naming.list_places(decision.films)
-    answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
+    answers_lib.write_groups(out / UNKNOWN, decision.unknown, naming.list_places(decision.films))
     for name in (UNKNOWN, *TABLES):
         files.hide(out / name)
     if rows := list_unmatched(decision):
