@@ -637,9 +637,9 @@ class Gallery:
         """
         self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
         first = self.embed(clips)
-        second, state = first if others is None else self.embed(others), self.state
+        second, state = None if others is None else self.embed(others), self.state
         rule = verification.choose_rule(state, None, fmr)
-        return verification.compare(state, rule, first, None if others is None else second)
+        return verification.compare(state, rule, first, second)
 
     def rank(
         self,

@@ -8,7 +8,6 @@ import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
@@ -31,8 +30,8 @@ from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import show, strip_ending
 from vidjax.utils.terminal import ignore_count
 
-Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
-Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
+Given = Path | Dataset  # the path of clips, or a dataset
+Person = str | Mapping[str, str] | None  # of all clips, or clip -> person
 
 
 def check_input(
