@@ -19,7 +19,7 @@ from pyarrow import parquet as writer
 from tests.helpers import clip_files as made, family_nets, films
 from tests.helpers.drawn_people import write_film, write_models, write_photo
 from tests.helpers.seen import contents
-from vidjax.apps import traces
+from vidjax.apps import forget as traces
 from vidjax.apps.video import media, net_checks, net_families, pipeline, still
 from vidjax.data import parquet
 from vidjax.data.memory import load_clips

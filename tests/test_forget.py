@@ -26,7 +26,7 @@ from pyarrow import parquet
 import vidjax
 from tests.helpers import clip_files, drawn_people, limits, made_galleries, made_shelf, servers
 from tests.helpers.limits import file_limit
-from vidjax.apps import traces
+from vidjax.apps import forget as traces
 from vidjax.apps.gallery import gallery as gallery_lib
 from vidjax.apps.gallery.store import VectorOrigin
 from vidjax.apps.video import actions, cuts, log, media

@@ -20,7 +20,7 @@ MODULES = {
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
 # The same for vidjax/apps/.
 APPS = (
-    "bulk", "cards", "server_limits", "web", "gallery", "video", "traces", "forget", "serve",
+    "bulk", "cards", "server_limits", "web", "gallery", "video", "forget", "serve",
 )  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

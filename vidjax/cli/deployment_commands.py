@@ -46,8 +46,7 @@ def add_export_flags(parser: Parser) -> None:
 
 def add_import_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax import`."""
-    about = "a folder that vidjax export has written"
-    parser.add_argument("folder", metavar="DIR", help=about)
+    parser.add_argument("folder", metavar="DIR", help="a folder that vidjax export has written")
     parser.flag("--to NEW_RUN", "the folder of the new run", required=True)
     shared_flags.add_definitions(parser)
     parser.command(_import, "exported --to=runs/copy")

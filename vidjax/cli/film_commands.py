@@ -12,19 +12,11 @@ from vidjax.apps import cards, forget
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import (
-    actions,
-    log,
-    measured_cards,
-    media,
-    net_families,
-    net_packages,
-    pipeline,
-    results,
-    who,
-)
+from vidjax.apps.video import actions, log, measured_cards, media, net_families, net_packages, who
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.apps.video.media import FEATURES
+from vidjax.apps.video.pipeline import FileOutcome, extract_files
+from vidjax.apps.video.results import PADDING_SECONDS, PAGE, TABLES, list_problems
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
@@ -41,7 +33,7 @@ PHOTOS_TO_MEASURE = (
 )
 
 
-def print_outcome(outcome: pipeline.FileOutcome) -> None:
+def print_outcome(outcome: FileOutcome) -> None:
     """Prints a line about a film or photo that was read, and a line for each problem with it.
 
     Prints nothing about a copy of a film or photo.
@@ -49,14 +41,14 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     film = outcome.media
     if outcome.copy:
         return
-    if film is None:
+    if outcome.error or film is None:
         say(outcome.error, warning=True)
         return
     faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
     voices = f", {film.voices:,} with a voice" if film.voices else ""
-    problems = results.list_problems(film, outcome.path)
+    problems = list_problems(film, outcome.path)
     head = f"{media.make_printable(outcome.label)}: {about}, {faces}{voices}{note}"
     for line in (head, *(f"  {problem}" for problem in problems)):
         say(line, warning=bool(problems))
@@ -69,14 +61,15 @@ def run_extract(args: argparse.Namespace) -> Result:
     """
     began, out = time.monotonic(), args.out
     settings = media.choose_settings(out, fps=args.fps, size=args.size, unit=args.unit)
-    outcomes = pipeline.extract_files(
+    outcomes = extract_files(
         args.files, out, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
         prune=args.prune, forget_missing=args.forget_missing,
     )  # fmt: skip
-    films = [outcome.media for outcome in outcomes if outcome.media and not outcome.copy]
-    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
-    new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
+    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.error}
+    read = [outcome for outcome in outcomes if not outcome.error]
+    films = [outcome.media for outcome in read if outcome.media and not outcome.copy]
+    new = [outcome.media for outcome in read if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     facts = {
@@ -162,7 +155,7 @@ def _add_choice(parser: Parser) -> None:
     """Adds the flags that `_read_choice` reads."""
     add_rule(parser)
     about = "seconds before and after each scene in playlists and timelines (default: 1)"
-    options = {"type": float, "default": results.PADDING_SECONDS}
+    options = {"type": float, "default": PADDING_SECONDS}
     parser.flag("--padding SECONDS", about, of=parser.programs, **options)
 
 
@@ -226,8 +219,7 @@ def name_people(args: argparse.Namespace) -> Result:
         done=print_outcome, tell=print_note, **_read_choice(args),
     )  # fmt: skip
     if args.review:
-        reviewed = _review(args)
-        done = reviewed._replace(failed=done.failed, missed=done.missed)
+        done = _review(args)._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 
 
@@ -243,8 +235,8 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     texts = dict.fromkeys(facts, "") | {
         "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
-        "page": out / results.PAGE,
-        "table": out / results.TABLES[0],
+        "page": out / PAGE,
+        "table": out / TABLES[0],
         "note": done.card,
         "no usable photo": messages.list_some(done.missed),
         **messages.describe_failed(done.failed),

@@ -307,7 +307,8 @@ def _enrol(args: argparse.Namespace) -> Result:
         return _enrol_photos(args)
     _refuse(args, "without --photos", "models")
     labels = clip_inputs.read_labels(args.labels) if args.labels else None
-    inputs = clip_inputs.list_inputs(args.input or ())
+    # A folder of tables is replaced by its tables.
+    inputs = [x for path in args.input or () for x in bulk.list_tables(path) or [path]]
     gallery = _open(args)
 
     def begin(number: int, given: object) -> None:
@@ -364,8 +365,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     done = photos.enrol_folder(gallery, args.photos, models, workers, tell)
     facts, texts = done._asdict(), messages.describe_failed(done.failed)
     facts["failed"] = [*done.failed]
-    result = _show_enrolled(gallery, facts, "face", texts)
-    return result._replace(code=1 if done.failed else 0)
+    return _show_enrolled(gallery, facts, "face", texts)._replace(code=1 if done.failed else 0)
 
 
 def _group(args: argparse.Namespace) -> Result:

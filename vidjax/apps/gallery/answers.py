@@ -23,7 +23,6 @@ import numpy as np
 
 from vidjax.apps import bulk
 from vidjax.apps.gallery import card_notes, grouping, index as index_lib
-from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.core import metrics
@@ -355,7 +354,7 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
         )
 
     def compare() -> np.ndarray:
-        nearest = state.index.nearest(stack_parts(state, strangers), 1)
+        nearest = state.index.nearest(state.stack_parts(strangers), 1)
         # A stranger who equals the centre of all vectors resembles nobody.
         return np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
 
@@ -398,9 +397,8 @@ def _describe_growth(state: State) -> str:
 
     Otherwise, returns "".
     """
-    clips = state.clips.values()
     fitted = state.index.remember(
-        "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
+        "fitted", lambda: len({x.identity for x in state.clips.values() if x.fitted and x.identity})
     )
     if not 0 < MAX_GROWTH * fitted < (people := len(state.index.names)):
         return ""

@@ -11,7 +11,6 @@ import numpy as np
 
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.backend import LEAST_ODDS, Summary, sum_by_owner
-from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE
 from vidjax.apps.gallery.store import State
 from vidjax.utils.names import strip_ending
@@ -85,7 +84,7 @@ def _compare_with_rest(
         block = people[at : at + MAX_BLOCK_PEOPLE]
         names = [name for person in block for name in state.clips_of[person]]
         owner = np.repeat(np.arange(len(block)), [len(state.clips_of[x]) for x in block])
-        parts, others = stack_parts(state, names), list[tuple[np.ndarray, np.ndarray]]()
+        parts, others = state.stack_parts(names), list[tuple[np.ndarray, np.ndarray]]()
         for x in backend.whiten(parts):
             count, total = sum_by_owner(x, owner, len(block))
             others.append((count[owner] - x.any(axis=1), total[owner] - x))
@@ -98,7 +97,7 @@ def _find_likes(state: State, names: Sequence[str]) -> Iterator[tuple[str, str]]
     """Yields clip -> another enrolled person whom the clip clearly resembles, or equals."""
     if card_notes.compare(state).problem == "blind":
         return
-    nearest = state.index.nearest(stack_parts(state, names), 2)
+    nearest = state.index.nearest(state.stack_parts(names), 2)
     for name, found in zip(names, nearest, strict=True):
         others = (x for x in found.best if x[0] != state.clips[name].identity)
         like, log = next(others, ("", -math.inf))
@@ -114,7 +113,7 @@ def _is_copy(state: State, name: str, like: str) -> bool:
 def _compare_with(state: State, person: str, *groups: Summary) -> Iterator[float]:
     """Yields the log ratio of each group of clips and all clips of a person."""
     backend = state.index.backend
-    white = backend.whiten(stack_parts(state, state.clips_of[person]))
+    white = backend.whiten(state.stack_parts(state.clips_of[person]))
     sums = [(x.any(axis=1).sum(keepdims=True), x.sum(axis=0, keepdims=True)) for x in white]
     clips = backend.summarise(sums)
     for group in groups:

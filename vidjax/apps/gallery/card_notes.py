@@ -15,7 +15,7 @@ import numpy as np
 
 from vidjax.apps import cards
 from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.backend import Backend, compare_equal, make_card_backend
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import check_width
 from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
@@ -36,11 +36,11 @@ TWO_NAMES = "if two names are one person, or a photo shows another person, corre
 LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 
 
-def read_cards(models: str | Path) -> tuple[VectorOrigin, dict[str, BackEnd]]:
+def read_cards(models: str | Path) -> tuple[VectorOrigin, Backend]:
     """Reads the JSON files (cards) that describe the nets in the folder `models`.
 
-    Returns a description of the nets, and modality -> distributions of the cosine of two
-    embeddings. Raises UserError if no card contains such distributions.
+    Returns a description of the nets, and the parameters that compare embeddings, which follow from
+    the distributions of cosines in the cards. Raises UserError if no card contains distributions.
     """
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = files.local(models).absolute()
@@ -54,7 +54,8 @@ def read_cards(models: str | Path) -> tuple[VectorOrigin, dict[str, BackEnd]]:
     digests = {part: usable[part].digest for part in back_ends}
     default = "face" in back_ends and not back_ends["face"].is_measured
     digest = files.sha256_json(digests)
-    return VectorOrigin(str(path), digest, True, digests, unmeasured=default), back_ends
+    origin = VectorOrigin(str(path), digest, True, digests, unmeasured=default)
+    return origin, make_card_backend(back_ends)
 
 
 def _read_back_ends(origin: VectorOrigin) -> dict[str, BackEnd]:
@@ -81,7 +82,7 @@ def adopt(draft: Draft, models: str | Path) -> None:
     Raises:
       UserError: the gallery was made with a run, or the folder lacks a net of the gallery.
     """
-    origin, back_ends = read_cards(models)
+    origin, wide = read_cards(models)
     was, now, backend = draft.origin.cards, origin.cards, draft.backend
     changed = sorted(part for part in was if was[part] != now.get(part))
     if not was or changed:
@@ -90,8 +91,7 @@ def adopt(draft: Draft, models: str | Path) -> None:
             f"the gallery was made with {made}\nuse the same nets, or name a new folder: --out=DIR"
         )
     origin = msgspec.structs.replace(origin, blind=draft.origin.blind)
-    wide = backend_lib.make_card_backend(back_ends)
-    is_equal = backend_lib.compare_equal(backend, wide)
+    is_equal = compare_equal(backend, wide)
     if is_equal and origin == draft.origin:
         return
     if not is_equal:
@@ -163,8 +163,8 @@ def describe(state: State) -> str:
     if not state.index.names:
         return ""
     back_ends = _read_back_ends(state.origin)
-    present = backend_lib.make_card_backend(back_ends) if back_ends else state.index.backend
-    is_old = not backend_lib.compare_equal(state.index.backend, present)
+    present = make_card_backend(back_ends) if back_ends else state.index.backend
+    is_old = not compare_equal(state.index.backend, present)
     if is_old and compare(state).problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the JSON file of the net has newer numbers\nto use them: {shlex.join(words)}"

@@ -442,8 +442,7 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
-    example = show(min(clips))
-    text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
+    text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{show(min(clips))}'"
     if len(stray) == len(identities):
         raise UserError(f"{source}: {text}\nuse the names of the clips in the features")
     warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are ignored: correct them")

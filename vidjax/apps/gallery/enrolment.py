@@ -17,6 +17,7 @@ from vidjax.apps.gallery.store import (
     StoredClip,
     VectorOrigin,
     list_clips_of,
+    stack_vectors,
 )
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
@@ -72,21 +73,6 @@ def _stack_films(
     return [identity for identity, _ in films], film, stack_vectors(ordered, clips, width)
 
 
-def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
-
-    `clips` are name -> clip. A vector contains all modalities.
-    """
-    vectors = [clips[name].vector for name in names]
-    return np.array(vectors, np.float32).reshape(len(names), width)
-
-
-def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
-    """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
-    backend = state.index.backend
-    return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
-
-
 def stack_people(
     clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
@@ -131,8 +117,7 @@ def make_state(
     """Makes the content of a gallery from its clips. Enrols all people, see `enrol`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
-    blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
-    index = Index(backend, blocks)
+    index = Index(backend, enrol(backend, people, clips, of_plda=origin.counts_every_clip))
     return State(version, origin, index, clips, clips_of, command=command)
 
 

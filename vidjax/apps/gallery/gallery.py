@@ -34,14 +34,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from vidjax.apps.gallery import (
-    answers as answers_lib,
-    backend as backend_lib,
-    card_notes,
-    changes,
-    run_vectors,
-    verification,
-)
+from vidjax.apps.gallery import answers, card_notes, changes, run_vectors, verification
 from vidjax.apps.gallery.answers import Answer, Rule, Threshold
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
@@ -49,14 +42,7 @@ from vidjax.apps.gallery.changes import Draft, Enrolment, check_clip, find_perso
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.run_vectors import RunVectors
-from vidjax.apps.gallery.store import (
-    STRANGER,
-    ResultError,
-    State,
-    Store,
-    StoredClip,
-    VectorOrigin,
-)
+from vidjax.apps.gallery.store import STRANGER, ResultError, State, Store, StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors
 from vidjax.apps.gallery.verification import Match, Verification
 from vidjax.apps.server_limits import LOCK_SECONDS
@@ -165,8 +151,7 @@ class Gallery:
         Raises:
           ValueError: no card of a face or voice net contains a distribution of distances.
         """
-        origin, back_ends = card_notes.read_cards(models)
-        backend = backend_lib.make_card_backend(back_ends)
+        origin, backend = card_notes.read_cards(models)
         return cls.of_clips(folder, origin, backend, {}, command)
 
     @classmethod
@@ -245,8 +230,7 @@ class Gallery:
     @property
     def command(self) -> str:
         """The only command that may change the gallery, such as `vidjax review OUT`, or ""."""
-        above = messages.quote_path(self.folder.parent)
-        return self._state.command.replace("{}", above)
+        return self._state.command.replace("{}", messages.quote_path(self.folder.parent))
 
     @property
     def index(self) -> Index:
@@ -306,10 +290,7 @@ class Gallery:
         return self._checked[1]
 
     def embed(
-        self,
-        clips: AnyClips,
-        split: str | None = None,
-        advance: Advance = ignore_count,
+        self, clips: AnyClips, split: str | None = None, advance: Advance = ignore_count
     ) -> Vectors:
         """Computes the vectors of clips.
 
@@ -494,7 +475,7 @@ class Gallery:
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
-        return answers_lib.group(
+        return answers.group(
             self.state, self.embed(vectors), apart, clarity=clarity, together=together,
             settled=settled, for_votes=for_votes,
         )  # fmt: skip
@@ -522,11 +503,11 @@ class Gallery:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return answers_lib.measure_on_strangers(self.state, fpir)
+        return answers.measure_on_strangers(self.state, fpir)
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns the rule that decides if a clip gets a name. See `identify` for its arguments."""
-        return answers_lib.choose_rule(self.state, fpir, threshold)
+        return answers.choose_rule(self.state, fpir, threshold)
 
     def identify(
         self,
@@ -576,8 +557,8 @@ class Gallery:
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self.state
-        rule = answers_lib.choose_rule(state, fpir, threshold)
-        return answers_lib.identify(state, rule, vectors, k, groups, advance)
+        rule = answers.choose_rule(state, fpir, threshold)
+        return answers.identify(state, rule, vectors, k, groups, advance)
 
     def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> Rule:
         """Returns the rule by which `verify` accepts clips of the person `identity`.
@@ -656,9 +637,9 @@ class Gallery:
         """
         self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
         first = self.embed(clips)
-        second, state = first if others is None else self.embed(others), self.state
+        second, state = None if others is None else self.embed(others), self.state
         rule = verification.choose_rule(state, None, fmr)
-        return verification.compare(state, rule, first, None if others is None else second)
+        return verification.compare(state, rule, first, second)
 
     def rank(
         self,
@@ -687,5 +668,5 @@ class Gallery:
         """
         self.rule(fpir=fpir, threshold=threshold)  # reports mistakes before vectors are computed
         vectors, state = self.embed(clips, split), self.state
-        rule = answers_lib.choose_rule(state, fpir, threshold)
-        return answers_lib.rank(state, rule, vectors, advance)
+        rule = answers.choose_rule(state, fpir, threshold)
+        return answers.rank(state, rule, vectors, advance)

@@ -123,8 +123,7 @@ class Groups:
         person. The ratio is also -inf if two groups have no modality in common, or contain only
         unclear faces (small or blurred).
         """
-        one = self.summary.take([row])
-        total, shared = self._backend.compare(one, self.summary)
+        total, shared = self._backend.compare(self.summary.take([row]), self.summary)
         total[~shared.any(axis=0) | (self.sizes == 0) | self.apart[row]] = -np.inf
         if self.unclear[row]:
             total[self.unclear] = -np.inf

@@ -411,8 +411,7 @@ class Index:
         effective = [np.ones(len(x)) for x in units]
         if owner is not None:  # only galleries with cards group clips
             num = int(owner.max(initial=-1)) + 1
-            sums = [sum_by_owner(x, owner, num) for x in units]
-            groups = self.backend.summarise(sums)
+            groups = self.backend.summarise([sum_by_owner(x, owner, num) for x in units])
             units, effective = groups.means, [1 / noise for noise in groups.noises]
         for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
             chosen = slice(at, at + MAX_QUERY_CLIPS)

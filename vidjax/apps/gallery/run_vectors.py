@@ -201,8 +201,7 @@ def fit(
     kept = {} if empty else clips
     if strangers or data.split(chosen).labelled:
         usable = select_usable_clips(RunVectors(run).embed(data, chosen))
-        new = {n: c for n, c in usable.items() if c.identity is None and n not in clips}
-        kept = new | kept
+        kept = {n: c for n, c in usable.items() if c.identity is None and n not in clips} | kept
     return origin, backend, kept
 
 

@@ -108,10 +108,6 @@ class _Facts(Struct, omit_defaults=True):
     rows: Sha256  # the sum of the digests of all other rows
     command: Text = ""  # see `State`
 
-    @property
-    def widths(self) -> dict[str, int]:
-        return {part.name: part.width for part in self.parts}
-
 
 class StoredClip(NamedTuple):
     """A clip of a person or of a stranger, with its vector."""
@@ -151,6 +147,11 @@ class State(NamedTuple):
         """The people, sorted by name, without strangers: name -> sorted names of the clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
+    def stack_parts(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
+        backend = self.index.backend
+        return backend.split(stack_vectors(names, self.clips, sum(backend.widths.values())))
+
 
 def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
     """Groups clips by person: returns name of a person -> sorted names of the clips.
@@ -159,6 +160,15 @@ def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]
     """
     clips_of = group_by_key((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
+
+
+def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
+    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
+
+    `clips` are name -> clip. A vector contains all modalities.
+    """
+    vectors = [clips[name].vector for name in names]
+    return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 class UnreadableError(UserError):
@@ -595,8 +605,8 @@ def _read(connection: sqlite3.Connection) -> State:
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
-    width = sum(facts.widths.values())
-    if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
+    width = sum(part.width for part in facts.parts)
+    if width > MAX_VECTOR_WIDTH or len({part.name for part in facts.parts}) < len(facts.parts):
         raise UserError(f"'gallery' lists a modality twice, or too long vectors: {width:,} numbers")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
@@ -606,7 +616,7 @@ def _read(connection: sqlite3.Connection) -> State:
     owners, fitted = (person or None for person in people), map(bool, numbers["fitted"].tolist())
     clips = dict(zip(names, map(StoredClip, owners, numbers["vector"], fitted), strict=True))
     entries = len(names)
-    layout = _person_layout(facts.widths.values())
+    layout = _person_layout(backend.widths.values())
     (names,), numbers, others = _read_table(connection, "person", layout, 1)
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)

@@ -34,7 +34,6 @@ from vidjax.apps.gallery.answers import Rule
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
-from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models import card_backend, card_check
@@ -167,7 +166,7 @@ def count_strangers(state: State) -> int:
     """Estimates the number of strangers from their clips, at most MAX_COUNTED clips."""
     names = state.strangers
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
-    return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
+    return 1 + int(grouping.group(state.index.backend, names, state.stack_parts(names)).max())
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
@@ -201,7 +200,7 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> Rule:
     rate, names = fmr or DEFAULT_FMR, state.strangers
 
     def compare_strangers() -> np.ndarray:
-        parts = stack_parts(state, names)
+        parts = state.stack_parts(names)
         if identity is not None:
             ratios, shared = state.index.ratios(parts, identity)
         else:
@@ -234,7 +233,7 @@ def verify(state: State, rule: Rule, vectors: Vectors, identity: str) -> Verific
     """
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
-    clips, known = map(backend.summarise_clips, (parts, stack_parts(state, names)))
+    clips, known = map(backend.summarise_clips, (parts, state.stack_parts(names)))
     matches = dict[str, Match]()
     made = make_matches(rule, backend, *state.index.ratios(parts, person))
     for row, (clip, match) in enumerate(zip(vectors.names, made, strict=True)):

@@ -230,8 +230,7 @@ class Application(Guard):
     async def identify(self, request: Request) -> Response:
         """Identifies the person in each clip. An unknown person is null."""
         clips, body = await self._read(request, IdentifyRequest)
-        question = Question(clips, body.k, body.fpir, body.threshold)
-        answers = await self.batcher.ask(question)
+        answers = await self.batcher.ask(Question(clips, body.k, body.fpir, body.threshold))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, answers)]})
 
     async def verify(self, request: Request) -> Response:
@@ -349,8 +348,7 @@ class Application(Guard):
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
                 fields = _convert({"clips": [{"clip": name}], **words}, kind)
-                nets = self.gallery.origin.cards
-                found = clip_files.read_npz_bytes(body, name, limit, nets)
+                found = clip_files.read_npz_bytes(body, name, limit, self.gallery.origin.cards)
             else:
                 fields = _convert(body, kind)
                 rows = enumerate(fields.clips)

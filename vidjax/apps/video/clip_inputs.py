@@ -8,7 +8,6 @@ import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
@@ -31,13 +30,8 @@ from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import show, strip_ending
 from vidjax.utils.terminal import ignore_count
 
-Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
-Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
-
-
-def list_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """Returns the paths to read. A folder of parquet tables is replaced by these tables."""
-    return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
+Given = Path | Dataset  # the path of clips, or a dataset
+Person = str | Mapping[str, str] | None  # of all clips, or clip -> person
 
 
 def check_input(
@@ -123,7 +117,7 @@ def enrol(
     """Enrols the clips of several inputs, one after the other.
 
     Args:
-      inputs: the paths of clips, see `list_inputs`, or a dataset. Of a dataset, `split` is read.
+      inputs: the paths of clips, or a dataset. Of a dataset, `split` is read.
       identities: the person of all clips, or clip -> person. By default, the inputs contain the
         people: a table has a column `identity`, a folder has a folder for each person.
       clip: the only clip to enrol; None for all.

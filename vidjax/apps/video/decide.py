@@ -208,16 +208,15 @@ def _keep_numbers(
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
     taken: set[int] = set()
-    rank = parse_group_number
 
     def order(pair: tuple[str, int]) -> tuple[bool, int, int, int]:
-        return pair[1] not in fixed, -votes[pair], pair[1], rank(pair[0])
+        return pair[1] not in fixed, -votes[pair], pair[1], parse_group_number(pair[0])
 
     for group, old in sorted(votes, key=order):
         if group not in number and old not in taken:
             number[group] = old
             taken.add(old)
-    new_groups = sorted({*groups.values()} - number.keys(), key=rank)
+    new_groups = sorted({*groups.values()} - number.keys(), key=parse_group_number)
     number |= {group: new for new, group in enumerate(new_groups, highest + 1)}
     return {clip: number[group] for clip, group in groups.items()}
 

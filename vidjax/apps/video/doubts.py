@@ -21,7 +21,7 @@ import numpy as np
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.audit import audit
 from vidjax.apps.gallery.backend import LEAST_ODDS, sum_by_owner
-from vidjax.apps.gallery.enrolment import make_state, stack_parts
+from vidjax.apps.gallery.enrolment import make_state
 from vidjax.apps.gallery.grouping import Groups, agglomerate
 from vidjax.apps.gallery.store import State
 from vidjax.utils.groups import group_by_key
@@ -110,7 +110,7 @@ def _find_unclear(state: State, doubtful: Mapping[str, str | None]) -> dict[str,
     unclear, backend = dict[str, tuple[str, str]](), state.index.backend
     for clip, like in doubtful.items():
         own, others = (state.clips_of.get(x or "", ()) for x in (state.clips[clip].identity, like))
-        photos = backend.summarise_clips(stack_parts(state, [clip, *others]))
+        photos = backend.summarise_clips(state.stack_parts([clip, *others]))
         ratios, _ = backend.compare(photos.take([0]), photos.take(slice(1, None)))
         if others and np.sum(ratios > 0) + len(own) - 1 < CLEAR_ERRORS:
             first, second = sorted((clip, others[ratios.argmax()]))
@@ -133,10 +133,9 @@ def _divide_photos(state: State) -> tuple[dict[str, str | None], dict[str, list[
     sides = [(person, side) for person, of in sides_of.items() for side in of]
     people, sizes = np.array([x for x, _ in sides]), np.array([len(side) for _, side in sides], int)
     is_largest = np.array([len(side) == max(map(len, sides_of[x])) for x, side in sides], bool)
-    units = backend.whiten(stack_parts(state, [clip for _, side in sides for clip in side]))
+    units = backend.whiten(state.stack_parts([clip for _, side in sides for clip in side]))
     owner = np.repeat(np.arange(len(sides)), sizes)
-    sums = [sum_by_owner(x, owner, len(sides)) for x in units]
-    groups = backend.summarise(sums)
+    groups = backend.summarise([sum_by_owner(x, owner, len(sides)) for x in units])
     least = np.log(LEAST_ODDS) + np.log(max(len(sides_of) - 1, 1))
     wrong, mixed = dict[str, str | None](), dict[str, list[Side]]()
     for split, own in sides_of.items():
@@ -165,7 +164,7 @@ def _find_sides(state: State, clips: Sequence[str]) -> list[Sequence[str]]:
     if len(clips) > MOST_PHOTOS:
         return [clips]
     backend, numbers = state.index.backend, np.arange(len(clips))
-    units = backend.whiten(stack_parts(state, clips))
+    units = backend.whiten(state.stack_parts(clips))
     groups = Groups(backend, units, numbers, np.ones(len(clips)), ())
     joined = agglomerate(groups, lambda _: -float(np.log(LEAST_ODDS)))
     return [*group_by_key(zip(joined.tolist(), clips, strict=True)).values()]

@@ -37,7 +37,7 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.video import media
-from vidjax.apps.video.media import Area, Face, Orientation, Seconds
+from vidjax.apps.video.media import FEATURES, PEOPLE, Area, Face, Orientation, Seconds
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.json_files import Sha256, Text
@@ -147,7 +147,12 @@ def read(out: Path) -> list[Line]:
 
 def check_version(out: Path) -> None:
     """Raises UserError if an earlier version of vidjax wrote the folder of results `out`."""
-    if media.is_earlier(out):
+    features, photos = (out / folder / media.NAME for folder in (FEATURES, PEOPLE))
+    if (
+        files.exists(out / "unknown.json")
+        or any(files.exists(path) and media.is_old(path) for path in (features, photos))
+        or (files.exists(features) and not has_log(out))
+    ):
         raise refuse_earlier(out)
 
 

@@ -99,8 +99,7 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
     with files.scratch_folder() as scratch:
         gallery = Gallery.of_models(scratch / "gallery", models)
         widths, quality = gallery.source.reads
-        nets = gallery.origin.cards
-        clips, person_of = load_people(path, widths, quality=quality, nets=nets)
+        clips, person_of = load_people(path, widths, quality=quality, nets=gallery.origin.cards)
         for folder in filter(Path.is_dir, path.iterdir()):
             media.check_models(folder, gallery.origin.cards)
         vectors = gallery.embed(clips)

@@ -351,12 +351,12 @@ def read_extraction(folder: Path) -> Extraction | None:
     path = folder / NAME
     if not files.exists(path):
         return None
-    if _is_old(path):
+    if is_old(path):
         raise UserError(f"'{folder}' was written by an earlier version of vidjax: {OLD_REMEDY}")
     return json_files.read(path, Extraction, REMEDY, FILE_BYTES)
 
 
-def _is_old(path: Path) -> bool:
+def is_old(path: Path) -> bool:
     """Returns whether an earlier version of vidjax wrote the file `extract.json` at `path`."""
     return json_files.read(path, _Version, REMEDY, FILE_BYTES).format < FORMAT
 
@@ -445,16 +445,6 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
 def has_features(out: Path, stem: str) -> bool:
     """Returns whether the file with the features of a film or photo, `OUT/STEM.npz`, exists."""
     return files.exists(out / f"{stem}.npz")
-
-
-def is_earlier(out: Path) -> bool:
-    """Returns whether an earlier version of vidjax wrote the folder of results `out`."""
-    features, photos = (out / folder / NAME for folder in (FEATURES, PEOPLE))
-    return (
-        files.exists(out / "unknown.json")
-        or any(files.exists(path) and _is_old(path) for path in (features, photos))
-        or (files.exists(features) and not files.exists(out / RESULTS))
-    )
 
 
 def remove_tags(out: Path, stem: str, names: Collection[str]) -> None:

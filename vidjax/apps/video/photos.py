@@ -206,9 +206,9 @@ def find_faces(
             faces += usable
             place = str(outcome.path)
             notes += [x if place in x else f"{place}: {x}" for x in problems if x]
-            if not (usable and outcome.media):
+            if outcome.error or not usable:
                 found.failed[place] = outcome.remedy
-        tags = [outcome.known.tags if outcome.known else set[str]() for outcome in of]
+        tags = [outcome.media.tags if outcome.media else set[str]() for outcome in of]
         found.names.update(*tags)
         # A folder of photos in which other people are tagged is not a person.
         people_known = {*known, *(face.person for face in faces)}
@@ -228,7 +228,7 @@ def _check_photo(folder: str, outcome: FileOutcome) -> tuple[list[FoundFace], li
     With face tags, these are the faces at the tags. Without face tags, it is the only face, which
     gets the name of the folder.
     """
-    photo, tracks = outcome.known, list[FaceTrack]()
+    photo, tracks = outcome.media, list[FaceTrack]()
     if photo is None:
         return [], [outcome.error]
     problems = [outcome.error, photo.bad_tags]
@@ -276,7 +276,7 @@ def _describe_foreign_tags(
     foreign = [
         (x.path, x.media.tags) for x in outcomes
         if x.media and x.media.tags and name not in x.media.tags
-        and not (x.kept or x.media.misfit or x.path.parent == people)
+        and not (x.error or x.kept or x.media.misfit or x.path.parent == people)
     ]  # fmt: skip
     if foreign:
         path, names = foreign[0]
@@ -469,17 +469,17 @@ def find_absent(
     statements = said.list_photos()
     outcomes = [(folder, x) for folder, of in found.outcomes.items() for x in of]
     stated = {x.film for x in statements}
-    is_shown = any(x.known and (x.kept or x.known.sha256 in stated) for _, x in outcomes)
+    is_shown = any(x.media and (x.kept or x.media.sha256 in stated) for _, x in outcomes)
     seen = {
-        (x.known.sha256, name) for folder, x in outcomes if x.known
-        for name in (x.known.tags or {folder})
+        (x.media.sha256, name) for folder, x in outcomes if x.media
+        for name in (x.media.tags or {folder})
     }  # fmt: skip
     # Statements of photos whose tags cannot be read, and of folders with unknown files, stay.
-    unsure = {x.known.sha256 for _, x in outcomes if x.known and x.known.bad_tags}
-    unread = {folder for folder, x in outcomes if not x.known and not os.path.exists(x.path)}
+    unsure = {x.media.sha256 for _, x in outcomes if x.media and x.media.bad_tags}
+    unread = {folder for folder, x in outcomes if not x.media and not os.path.exists(x.path)}
     entries = list_entries(people) if os.path.isdir(people) else []
     unread |= {path.name for path in entries if not os.path.exists(path)}  # broken links
-    places = {os.path.realpath(x.path) for _, x in outcomes if x.media}
+    places = {os.path.realpath(x.path) for _, x in outcomes if not x.error}
     source_of = {x.sha256: x.source.path for x in photos}
     gone, missing = dict[Line, None](), dict[str, str]()
     for x in statements:
@@ -488,17 +488,14 @@ def find_absent(
             continue
         path = source_of.get(film)
         is_replaced = path is not None and str(path) in places
-        waits = x.name in unread or (path is not None and not _is_deleted(path))
+        # The photo may be elsewhere, for example only in the cloud.
+        may_exist = path and not (media_files.is_missing(path) or os.path.exists(path))
+        waits = x.name in unread or may_exist
         if forget_missing or is_replaced or (is_shown and not waits):
             gone[Line(says="gone", film=film, name=x.name)] = None
         elif x.person:
             missing[said.find_root(x.person)] = str(x.name)
     return [*gone], missing
-
-
-def _is_deleted(path: Path) -> bool:
-    """Returns False if a photo may exist elsewhere, for example only in the cloud."""
-    return media_files.is_missing(path) or os.path.exists(path)
 
 
 # ---- doubtful photos
@@ -618,9 +615,8 @@ def enrol_folder(
         )  # fmt: skip
         labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
         entries = {
-            clip: StoredClip(labels[x.person], vector_of[x.track.clip])
-            for clip, x in faces.items()
-        }  # fmt: skip
+            clip: StoredClip(labels[x.person], vector_of[x.track.clip]) for clip, x in faces.items()
+        }
         unchanged = {
             clip for clip, x in entries.items()
             if clip in draft.clips and shows_same(draft.backend, draft.clips[clip], x)

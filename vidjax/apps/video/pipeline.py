@@ -1,7 +1,7 @@
 """Extracts features from many videos and photos in parallel.
 
 A file is not read again if neither what it shows nor the nets nor the settings have changed. The
-module `places` knows which film is where.
+class `media_files.MediaFolder` knows which film is where.
 """
 
 import contextlib
@@ -22,8 +22,7 @@ import msgspec
 from vidjax.apps import cards as cards_lib
 from vidjax.apps.video import digests, film as film_lib, media, media_files, regions
 from vidjax.apps.video.media import THUMBNAILS, VIDEOS, ExtractionSettings, FileStamp, MediaFile
-from vidjax.apps.video.media_files import PHOTOS, is_missing
-from vidjax.apps.video.places import MediaFolder, is_deleted
+from vidjax.apps.video.media_files import PHOTOS, MediaFolder, is_deleted, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.utils import files, messages
@@ -47,21 +46,13 @@ class FileOutcome(NamedTuple):
     """What was found in a film or photo, or why the file could not be read."""
 
     path: Path
-    media: MediaFile | None  # the description of the film or photo; None after an error
+    # The description of the film or photo; after an error, of an earlier call, or None.
+    media: MediaFile | None
     error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
     copy: bool = False  # whether the file is a copy; then `media` describes the original, too
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
-    earlier: MediaFile | None = None  # after an error: the description by an earlier call
-
-    @property
-    def known(self) -> MediaFile | None:
-        """The description of the film or photo.
-
-        After an error, it is the description by an earlier call, or None if there is none.
-        """
-        return self.media or self.earlier
 
 
 class _Job(NamedTuple):
@@ -140,8 +131,7 @@ def extract_files(
     media_files.check_apart(listed, out)
     with files.lock(files.make_folder(out, "out", mode=0o700), "features"):
         files.refuse_links(out)
-        cards = {role: card.digest for role, card in known.items()}
-        used = _check_extraction(out, cards, settings)
+        used = _check_extraction(out, {role: x.digest for role, x in known.items()}, settings)
         folder = _prepare_folder(out, used, tagged, thumbnails, tell)
         addresses = [media.make_address(path) for path in listed]
         jobs = [
@@ -421,8 +411,7 @@ def _keep(job: _Job, stem: str, source: FileStamp, *, turned: bool = False) -> F
     is_copy = turned or job.folder.place(stem, source, job.path.name)
     job.folder.used.add(stem)
     if is_copy and is_new and not job.folder.tagged:
-        about = f"{job.path} is a copy of {film.source.path} and is left out"
-        job.tell(Note(about, warning=False))
+        job.tell(Note(f"{job.path} is a copy of {film.source.path} and is left out", warning=False))
     return FileOutcome(job.path, film, kept=True, copy=is_copy)
 
 
@@ -542,4 +531,4 @@ def _catch_failure(job: _Job, outcomes: dict[_Job, FileOutcome]) -> Iterator[Non
         text = text if str(job.path) in text else f"'{job.path}': {text}"
         if earlier:
             text += ". The results of an earlier call are kept"
-        outcomes[job] = FileOutcome(job.path, None, text, remedy=remedy, earlier=earlier)
+        outcomes[job] = FileOutcome(job.path, earlier, text, remedy=remedy)

@@ -50,9 +50,7 @@ def load_faces(out: Path, state: State) -> Faces:
     clips = {track.clip for film in films for track in film.tracks}
     vectors = clip_inputs.embed_clips(backend, out / FEATURES, clips) if clips else None
     photos = media.describe_media_files(out / PEOPLE)
-    unread = {
-        folder: media.find_unread(out / folder) for folder in (FEATURES, PEOPLE)
-    }  # fmt: skip
+    unread = {folder: media.find_unread(out / folder) for folder in (FEATURES, PEOPLE)}
     new = {
         track.clip for stem, photo in photos.items() if stem not in unread[PEOPLE]
         for track in photo.tracks if f"{PEOPLE}/{track.clip}" not in state.clips
@@ -106,15 +104,13 @@ def write(
     faces = decision.faces
     if faces.vectors and decision.votes and decision.votes is not faces.votes:
         digest = _digest_votes(faces.films, faces.vectors, faces.state)
-        content = {"digest": digest, "votes": decision.votes}
-        files.write_json(out / FEATURES / VOTES, content)
+        files.write_json(out / FEATURES / VOTES, {"digest": digest, "votes": decision.votes})
         files.hide(out / FEATURES / VOTES)
     about = "" if explained else card_notes.describe(decision.state)
     here = out.resolve()
     place_of = {
-        film.video: quote(os.fsencode(os.path.relpath(film.path, here)))
-        for film in decision.films
-    }  # fmt: skip
+        film.video: quote(os.fsencode(os.path.relpath(film.path, here))) for film in decision.films
+    }
 
     def address(film: MediaFile, seconds: float) -> str:
         return place_of[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
@@ -123,13 +119,16 @@ def write(
     files.write_text(out / PAGE, render_page(out, decision, address, about))
     files.hide(out / PAGE)
     remove_results(out, page=False)
-    (out / UNKNOWN).unlink(missing_ok=True)
+    for name in (UNKNOWN, UNMATCHED):
+        (out / name).unlink(missing_ok=True)
     for name in TABLES:
         subtitles.write(out / name, decision.appearances, decision.films)
-    places_of = naming.list_places(decision.films)
-    answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
+    answers_lib.write_groups(out / UNKNOWN, decision.unknown, naming.list_places(decision.films))
     for name in (UNKNOWN, *TABLES):
         files.hide(out / name)
+    if rows := list_unmatched(decision):
+        tables.write(out / UNMATCHED, dict.fromkeys(UNMATCHED_COLUMNS, "string"), rows, ())
+        files.hide(out / UNMATCHED)
     by_video = naming.group_by_video(decision.appearances)
     films = [film for film in decision.films if not film.photo]
     for film, place in zip(films, _place_subtitles(films), strict=True):
@@ -141,7 +140,6 @@ def write(
             files.write_bytes(path, text.encode(), sync=False)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.appearances, decision.films, padding)
-    _write_unmatched(out, decision)
     return about
 
 
@@ -161,16 +159,6 @@ def write_gallery(gallery: Gallery, state: State) -> None:
 def list_unmatched(decision: Decision) -> list[tuple[str, str, str]]:
     """Returns the names and corrections of faces that are no longer found, as rows of a table."""
     return sorted({*decision.said.list_lost(decision.faces.unread)})
-
-
-def _write_unmatched(out: Path, decision: Decision) -> None:
-    rows = list_unmatched(decision)
-    if rows:
-        text = tables.to_text([UNMATCHED_COLUMNS, *rows], ".tsv")
-        files.write_text(out / UNMATCHED, text)
-        files.hide(out / UNMATCHED)
-    else:
-        (out / UNMATCHED).unlink(missing_ok=True)
 
 
 def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:

@@ -36,8 +36,7 @@ class Said:
         """Applies each of `lines`, from first to last, to the faces in the films and photos."""
         lines = [*lines]
         kept = [*log.drop_undone(lines)]
-        faces = {line.face: None for line in kept if line.face}
-        self._found = match(faces, media)
+        self._found = match((line.face for line in kept if line.face), media)
         spoken = (line.face for line in kept if line.face and line.says != "guess")
         self._first = find_first(face for face in spoken if face not in self._found)
         self.denied: dict[Key, set[str]] = {}
@@ -103,8 +102,7 @@ class Said:
 
     def find_people(self, name: str) -> list[str]:
         """Returns the keys of the people with this present name, the first person first."""
-        people = (x for x, found in self._name.items() if found == name and x not in self._joined)
-        return [*people]
+        return [x for x, found in self._name.items() if found == name and x not in self._joined]
 
     def find_unknown(self, number: int) -> str | None:
         """Returns the key of the unknown person with a number, or None."""
@@ -280,8 +278,7 @@ class Said:
         before = {*self._apart}
         self._separate(left, person)
         if is_new:  # a new person also differs from people who differ from the old person
-            others = {x for pair in before if {*pair} & left for x in pair}
-            self._separate(others, person)
+            self._separate({x for pair in before if {*pair} & left for x in pair}, person)
 
     def _separate(self, people: Iterable[str], person: str) -> None:
         for other in people:

@@ -34,24 +34,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, card_notes
+from vidjax.apps.gallery import answers as answers_lib, card_notes
+from vidjax.apps.gallery.backend import compare_equal
 from vidjax.apps.gallery.changes import advise_other_films
 from vidjax.apps.gallery.enrolment import make_state
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import NoGalleryError, State
-from vidjax.apps.video import (
-    heirs,
-    log,
-    media,
-    media_files,
-    names_page,
-    naming,
-    photos,
-    pipeline,
-    results,
-)
+from vidjax.apps.video import heirs, log, media, media_files, naming, photos, pipeline, results
 from vidjax.apps.video.decide import Decision, Faces, Rule, decide, enrol, list_new_lines
 from vidjax.apps.video.media import FEATURES, PEOPLE, ExtractionSettings
+from vidjax.apps.video.names_page import format_appearance_time
 from vidjax.apps.video.photos import FoundPhotos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, UNKNOWN
@@ -86,7 +78,7 @@ class WhoResults(NamedTuple):
         rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
             name = (appearance.identity or IGNORED) + appearance.mark
-            time = names_page.format_appearance_time(appearance, films[appearance.video])
+            time = format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, naming.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
         return rows
@@ -170,10 +162,10 @@ def name_people(
             films, out / FEATURES, settings=settings, done=done, tell=note,
             prune=prune, forget_missing=forget_missing, **options,
         )  # fmt: skip
-        failed = found.failed | {str(x.path): x.remedy for x in read if not x.media}
+        failed = found.failed | {str(x.path): x.remedy for x in read if x.error}
         with log.lock(out, WAIT_SECONDS):
             changed = {x.media.sha256 for of in found.outcomes.values() for x in of
-                       if x.media and not x.kept}  # fmt: skip
+                       if x.media and not (x.kept or x.error)}  # fmt: skip
             faces = results.load_faces(out, _drop_clips(state, changed))
             is_alike, forgotten = False, list[Note]()
             if folder is not None:
@@ -223,16 +215,14 @@ def _open(out: Path, models: Path, tell: Tell) -> tuple[Gallery, State]:
         with log.lock(out, WAIT_SECONDS):
             log.append(out, [])
     log.read(out)  # refuses results of earlier versions
-    path, (origin, back_ends) = out / results.GALLERY, card_notes.read_cards(models)
+    path, (origin, backend) = out / results.GALLERY, card_notes.read_cards(models)
     try:
         gallery = Gallery(path)
     except NoGalleryError:  # also if an earlier call was killed while it made the gallery
         gallery = Gallery.of_models(path, models, results.COMMAND)
-    state, backend = gallery.state, backend_lib.make_card_backend(back_ends)
+    state = gallery.state
     _change_nets(out, models, tell)
-    if state.origin.cards != origin.cards or not backend_lib.compare_equal(
-        state.index.backend, backend
-    ):
+    if state.origin.cards != origin.cards or not compare_equal(state.index.backend, backend):
         state = make_state(state.version, origin, backend, {}, state.command)
     return gallery, state
 
@@ -329,13 +319,8 @@ def _follow_photos(
     names = {x.identity for clip, x in enrolled.clips.items() if clip in is_new and x.identity}
     advise_other_films(enrolled, sorted(map(str, names)))
     _remove_photos(out, found, forget_missing or not missing)
-    origin = enrolled.origin
-    return (
-        faces._replace(state=faces.state._replace(origin=origin)),
-        doubtful.is_alike,
-        [*missing.values()],
-        notes,
-    )
+    faces = faces._replace(state=faces.state._replace(origin=enrolled.origin))
+    return faces, doubtful.is_alike, [*missing.values()], notes
 
 
 def _report_missing(people: Path, missing: Mapping[str, str], said: Said, tell: Tell) -> None:
@@ -351,11 +336,7 @@ def _report_missing(people: Path, missing: Mapping[str, str], said: Said, tell: 
 
 
 def _forget(
-    out: Path,
-    before: Said,
-    after: Said,
-    found: FoundPhotos,
-    forget_missing: bool,
+    out: Path, before: Said, after: Said, found: FoundPhotos, forget_missing: bool
 ) -> list[Note]:
     """Forgets people whose photos were all deleted; returns notes about them.
 
@@ -390,7 +371,7 @@ def _forget(
 
 def _remove_photos(out: Path, found: FoundPhotos, all_others: bool) -> None:
     """Removes the features of photos that the log no longer mentions and no folder shows."""
-    shown = {x.known.sha256 for of in found.outcomes.values() for x in of if x.known}
+    shown = {x.media.sha256 for of in found.outcomes.values() for x in of if x.media}
     said = {line.film for line in log.read(out) if line.says == "photo"}
     kept = {
         stem for stem, photo in media.describe_media_files(out / PEOPLE).items()
