@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
@@ -291,7 +292,7 @@ def test_points_are_found_again_in_a_face_that_was_cut_out(angle, scale):
         found = np.array(seen).reshape(-1, 5, 2)
         return nets.Faces(np.zeros((len(found), 4)), np.ones(len(found)), found)
 
-    detector = object.__new__(nets.Detector)
+    detector: Any = object.__new__(nets.Detector)
     detector.card, detector.search = SimpleNamespace(decoder="yunet"), search
     middle = points.mean(0)
     detected = middle + (points - middle) @ turn(0.08, 1.05, 0)[:, :2].T + 2 * scale

@@ -255,7 +255,7 @@ def test_prelu_of_an_image_is_replaced_and_the_vectors_stay_equal(convert, shape
 
     def add(model):
         model.graph.initializer.append(numpy_helper.from_array(slopes, "slopes"))
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(127.5), "middle"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(127.5, "f"), "middle"))
         model.graph.node.insert(0, make_node("Sub", ["data", "middle"], ["centred"]))
         model.graph.node.insert(1, make_node("PRelu", ["centred", "slopes"], ["bent"]))
         for node in model.graph.node[2:]:
