@@ -113,7 +113,9 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(50, 71, 1), (388, 520, 4)])
-def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, width, factor):
+def test_detected_boxes_and_points_are_in_image_coordinates(
+    tmp_path, monkeypatch, height, width, factor
+):
     made_nets.write(tmp_path, "find", "face_detector")
     card = cards.load(tmp_path)["face_detector"]
     detector = nets.Detector(card, size=max(height, width) // factor)  # reduces large pictures
@@ -128,6 +130,13 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
     np.testing.assert_allclose(faces.points[order], points, **close)
     none = detector(np.zeros((33, 1, 3), np.uint8))  # a picture without a face
     assert [part.shape for part in none] == [(0, 4), (0,), (0, 5, 2)]
+
+    def decode(*args):
+        found = nets.decode_centerface(*args)
+        return found._replace(points=np.where(found.boxes[:1, None, :2] < 20, np.nan, found.points))
+
+    monkeypatch.setitem(nets.DECODERS, card.decoder, decode)
+    assert len(faces.boxes) == 2 and len(detector(image).boxes) < 2
 
 
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):

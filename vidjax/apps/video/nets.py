@@ -222,7 +222,7 @@ class Detector(Net):
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
         """Returns the detections in a region of an image, in pixels of the image.
 
-        Detections that the region cuts off are left out.
+        Detections that the region cuts off, or whose points are no numbers, are left out.
         """
         part = image[region.top : region.bottom, region.left : region.right]
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
@@ -240,7 +240,8 @@ class Detector(Net):
         inside = ((boxes[:, 0] > low) | (low == 0)) & ((boxes[:, 1] < high) | (high == last))
         boxes = np.clip(boxes, 0, last).reshape(-1, 4).astype(np.float32)
         points = (faces.points * ratio + low).astype(np.float32)
-        return Faces(boxes, faces.scores, points).take(inside.all(1))
+        known = inside.all(1) & np.isfinite(points).all((1, 2))
+        return Faces(boxes, faces.scores, points).take(known)
 
 
 class Embedder(Net):
