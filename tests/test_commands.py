@@ -110,6 +110,7 @@ PLACES = {
     "--mode=evaluate --workdir=a --runs=b,a": "another folder",
     "--mode=evaluate --workdir=a --config.join.weights=1,2": "no effect",
     "compare --workdir=out --runs=a,a": "a run is named twice", f"{OWN}own": "labels.csv",
+    "--mode=evaluate --workdir=out --runs=a,b,a/.": "a run is named twice",
     "compare --workdir=a --runs=a,b": "contains a run",
     "compare --workdir=out --runs=a,b --config.eval.split=test":
         "vidjax evaluate --workdir=a --config.eval.split=test",
@@ -519,7 +520,7 @@ def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(tmp_
     assert lines[-2] == ["field", "a", "b", "c"] and lines[-1] == ["seed", "0", "0", "3"]
     assert [line[:2] for line in lines[2:5]] == [[folder, "0.6250"] for folder in folders[2:5]]
     first, *others = [str(one.message) for one in warned]
-    assert f"'{folders[0]}' is not a run" in first
+    assert f"no run in '{folders[0]}': it has no config.json" in first
     assert [text.count(folders[2]) for text in others] == [1, 1]
     assert "too few runs" in command("compare", folders[1]).err
 

@@ -1,5 +1,6 @@
 """Configurations: overrides, JSON, shipped files, and refused values."""
 
+import copy
 import functools
 import math
 import shutil
@@ -86,6 +87,13 @@ def test_differences_of_configurations_omit_unread_fields():
     # JSON has no tuples, so a tuple and a list with the same content do not differ.
     plain.model.sizes = ([1, 2], {"a": [3]})
     assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
+
+
+def test_unknown_attribute_has_the_hint_of_the_command_line():
+    config = copy.deepcopy(load("mma"))
+    with pytest.raises(AttributeError, match=r"config\.lr: did you mean --config\.optim\.learning"):
+        _ = config.lr
+    assert not hasattr(config, "_lr")
 
 
 # Word of the command line -> fields that are read only with this word -> a value of the field.

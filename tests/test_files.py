@@ -116,6 +116,7 @@ def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
 def test_signal_removes_unfinished_folders(tmp_path, name, handler):
     code = f"""
 import os, pathlib, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` and some machines of tests ignore it
 from vidjax.runs import signals
 from vidjax.utils import exit_codes, files
 {handler}

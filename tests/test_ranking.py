@@ -222,6 +222,14 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
     assert command("score", *paths, "--strict") == (2, "", error)
 
 
+@pytest.mark.parametrize("suffix", tables.ENDINGS)
+def test_score_refuses_the_tables_of_rank(tmp_path, command, suffix):
+    truth, path = tmp_path / "gt.txt", tmp_path / f"out{suffix}"
+    truth.write_text("1 a.mp4\n")
+    tables.write_ranking(path, {"1": [("a.mp4", 0.5)]})
+    assert command("score", truth, path).refused(f"{path}: this is a table", "ranking.txt")
+
+
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
 def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict):
     paths = write_pair(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")

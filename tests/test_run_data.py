@@ -76,6 +76,8 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
         evaluate(report, "--config=mma", "--config.eval.block_size=3")  # does not change results
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
+    for path in (run, str(run), run / "analysis.npz"):
+        assert vidjax.load_analysis(path)[0].split == "val"
     out = evaluate(report, "--config.eval.temperature=4")
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out  # another file
     assert [(run / name).read_bytes() for name in names] == before
@@ -84,6 +86,7 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     evaluate()
     assert not (run / "analysis.npz").exists() and not (run / "report.html").exists()
     refused(lambda: vidjax.evaluate(run).average_precisions(), "config.eval.report=True")
+    refused(lambda: vidjax.load_analysis(run), "analysis.npz", "config.eval.report=True")
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -168,16 +168,12 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     steps = np.log((num_distractors + 1 - counts[1:]) / counts[1:])
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
-    def share_above(rate: float) -> float:
-        """Returns the probability that the false-positive identification rate is above `rate`."""
-        others = num_distractors - counts
-        logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
-        return float(np.exp(logs).sum())
-
     def find_rate(share: float) -> float:
-        low, high = 0.0, 1.0
+        low, high, others = 0.0, 1.0, num_distractors - counts
         while low < (middle := (low + high) / 2) < high:
-            low, high = (middle, high) if share_above(middle) > share else (low, middle)
+            logs = coefficients + counts * math.log(middle) + others * math.log1p(-middle)
+            above = float(np.exp(logs).sum())  # the probability that the rate is above `middle`
+            low, high = (middle, high) if above > share else (low, middle)
         return middle
 
     # scipy has the inverse of this distribution, but a gallery of models works without scipy.
@@ -318,12 +314,3 @@ def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
     """
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
-
-
-def describe(results: Mapping[str, Any]) -> list[str]:
-    """Returns a text such as `top-1 0.8582` for each logged metric in `results`, except MAP."""
-    return [
-        f"{metric.label} {results[name]:.{metric.digits}f}"
-        for name, metric in CLIP_METRICS.items()
-        if metric.log and results.get(name) is not None
-    ]

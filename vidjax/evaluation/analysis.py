@@ -53,9 +53,11 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
     if evaluation.results.get("map") is None:
         return found, arrays
     scored = make_scored_split(evaluation)
-    train_clips = measures.count_train_clips(model)
-    if train_clips is not None:
-        arrays["train_clips"] = train_clips
+    counts = np.zeros(model.system.task.num_identities + 1, np.int64)
+    for known, trained in measures.find_training_clips(model):
+        counts += np.bincount(known.labels[trained], minlength=len(counts))
+    if counts.any():
+        arrays["train_clips"] = counts[1:]
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     clips, labels = evaluation.clips, split.labels
     _, found.num_others = count_positives(split, evaluation.clips.pool)
@@ -64,7 +66,7 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
     found.pairs = measures.find_confused_pairs(clips, labels)
     found.intervals = measures.compute_clip_intervals(clips, labels)
     found.fewest_identities = FEWEST_IDENTITIES
-    found.strata = measures.measure_strata(scored, split, modalities, train_clips)
+    found.strata = measures.measure_strata(scored, split, modalities, arrays.get("train_clips"))
     if logs and evaluation.results["map_kind"] != "in_sample":
         found.suspects = measures.measure_suspects(scored, clips)
     found.open_set = measures.open_set(clips, labels, len(model.data.identities))

@@ -23,7 +23,7 @@ from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
 from vidjax.evaluation.significance import Difference
 from vidjax.runs import config as config_lib, config_io, facts, results as results_lib
-from vidjax.runs.run_folder import CONFIG, RunFolder
+from vidjax.runs.run_folder import open_run
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
@@ -233,7 +233,7 @@ def _warn_of_left_out() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
+        warn(f"a folder is left out: {str(error).splitlines()[0]}")
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
@@ -262,12 +262,7 @@ def _is_of_seeds(name: str) -> bool:
 
 def read(name: str, split: str | None = None) -> RankedRun:
     """Reads the results of the run in the folder `name` on a split, by default its `eval.split`."""
-    folder = RunFolder(name)
-    if not folder.has(CONFIG):
-        raise UserError(
-            f"--runs: '{name}' is not a run, because it has no config.json\n"
-            "name folders of trained runs"
-        )
+    folder = open_run(name)
     config = folder.config
     split = split or str(config.eval.split)
     paths = folder.paths(split)
@@ -503,7 +498,8 @@ def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
     """
     texts = []
     for run in runs:
-        texts += facts.list_sentences(run.name, run.metrics)
+        described = ((fact.sentence, fact.text(run.metrics)) for fact in facts.FACTS)
+        texts += [x.format(run=run.name, text=text) for x, text in described if x and text]
         if settings := results_lib.describe_overrides(run.metrics):
             texts.append(f"Scored with other settings: {run.name} with {settings}.")
     return texts

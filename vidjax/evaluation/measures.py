@@ -228,18 +228,6 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
     return [*groups, ("others", ~np.isin(code, common))]
 
 
-def count_train_clips(model: TrainedModel) -> np.ndarray | None:
-    """Returns the number of training clips of each identity, [C] int.
-
-    Only the clips in `model.data` are counted. If none of them is a labelled training clip, returns
-    None.
-    """
-    total = np.zeros(model.system.task.num_identities + 1, np.int64)
-    for split, trained in find_training_clips(model):
-        total += np.bincount(split.labels[trained], minlength=len(total))
-    return total[1:] if total.any() else None
-
-
 def find_training_clips(model: TrainedModel) -> list[tuple[Split, np.ndarray]]:
     """Returns a pair for each split of `model.data`: the split, and [N] bool for its N clips.
 

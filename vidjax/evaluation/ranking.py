@@ -30,6 +30,7 @@ from vidjax.utils.names import (
     unescape,
 )
 
+TABLE_START = r'identity[,\t]rank[,\t]|{"identity": |PAR1'  # of the files of `vidjax rank`
 BOM = "\ufeff"  # the byte order mark, with which some editors begin a file
 
 
@@ -119,7 +120,7 @@ def read_submission(
     description of the script. The other rows are our assumptions.
 
     Raises:
-      UserError: a line has more than 100 different clips.
+      UserError: a line has more than 100 different clips, or the file is a table of `vidjax rank`.
     """
     spellings = find_spellings(positives or {})
     clips = {_try_clean(text): clip for text, clip in spellings.items()}
@@ -131,6 +132,11 @@ def read_submission(
         faults.setdefault(kind, []).append(sentence)
 
     number, text = 0, _read_text(Path(path))
+    if re.match(TABLE_START, text):
+        raise UserError(
+            f"{path}: this is a table of vidjax rank, not a submission\n"
+            "score the ranking.txt that vidjax evaluate writes"
+        )
     if re.search(r"\r(?!\n)", text):
         note("line ends", f"{path}: lines end as on old Macs: save the file with Linux line ends")
     for number, line in enumerate(_split(text), 1):

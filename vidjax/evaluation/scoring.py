@@ -193,7 +193,9 @@ def iterate_windows(
     join = not model.system.frame_is_example
     plan = make_eval_plan(split, model.modalities, only=only, join=join)
     if mesh.devices.flat[0].platform != "cpu":  # the start of a program takes longer than few clips
-        block_size *= _count_joined_blocks(plan, block_size)
+        # The shorter the clips, the more blocks are joined into one, at most 8.
+        longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
+        block_size *= min(8, max(1, JOINED_FRAMES // (block_size * longest)))
     rows = block_size * mesh.size
     if use is not None and len(use) > 1:
         plan = split_by_members(plan, use, rows)
@@ -209,12 +211,6 @@ def iterate_windows(
             window, size = [], 0
     if window:
         yield window
-
-
-def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns how many blocks are joined into one, 1 to 8: the shorter the clips, the more."""
-    longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
-    return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:

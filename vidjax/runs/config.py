@@ -452,9 +452,15 @@ class Config(ConfigDict):
         # A dict would become a Config, and a ConfigDict cannot replace a Config.
         super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
 
-    if TYPE_CHECKING:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            # `copy` and `pickle` look for methods in objects that are not complete.
+            hint = "" if name.startswith("_") else suggest_field(name, dict(fields(self)))
+            raise AttributeError(f"there is no field config.{name}: {hint}") from error
 
-        def __getattr__(self, name: str) -> Any: ...
+    if TYPE_CHECKING:
 
         def __getitem__(self, key: str) -> Any: ...
 

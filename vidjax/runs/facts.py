@@ -119,18 +119,3 @@ def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str,
     """
     chosen = (fact.key for fact in FACTS if values.get(fact.key) and only in (None, fact.is_kept))
     return {key: msgspec.to_builtins(values[key]) for key in chosen}
-
-
-def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns facts in `metrics.json`, such as early stopping, as table rows: label -> text."""
-    return {fact.label: text for fact in FACTS if (text := fact.text(values))}
-
-
-def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns sentences about the training of `run`, the name of a run, for a comparison of runs.
-
-    Example: "Extended: the number of epochs of RUN is 5, 8 from step 15." `values` is the content
-    of the `metrics.json` of the run.
-    """
-    texts = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
-    return [sentence.format(run=run, text=text) for sentence, text in texts if text]

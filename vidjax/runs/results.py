@@ -12,13 +12,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import msgspec
 import numpy as np
 
+from vidjax.core.metrics import CLIP_METRICS
 from vidjax.runs import config as config_lib, config_io, facts, schemas
 from vidjax.runs.config import Config
 from vidjax.utils import distributed, files, json_files, messages
@@ -83,12 +84,6 @@ class Results(schemas.Metrics, kw_only=True):
 
         Raises UserError if there is no `analysis.npz`, because `config.eval.report` was False.
         """
-        if not files.exists(self.paths.analysis):
-            raise UserError(
-                f"'{self.paths.analysis}' is missing\n"
-                "to write it, run vidjax evaluate --workdir=FOLDER --config.eval.report=True "
-                f"--config.eval.split={self.split}"
-            )
         names = load_identities(self.paths.metrics.with_name("identities.json"))
         arrays = load_analysis(self.paths.analysis)[1]
         if "ap" not in arrays:
@@ -109,17 +104,6 @@ def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if is_kept.get(name)}
 
 
-def describe_data(metrics: Mapping[str, Any]) -> str:
-    """Returns the name, folder and sha256 of the data of an evaluation as text, or "".
-
-    `metrics` is the content of `metrics.json`. The text is "" if the file does not name the data.
-    """
-    if not (data := metrics.get("data")):
-        return ""
-    place = f" in {data['dir']}" if data.get("dir") else ""
-    return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
-
-
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
     """Returns the configuration fields that an evaluation changed, as `FIELD=VALUE, ...`, or "".
 
@@ -129,17 +113,96 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
-def describe_copies(metrics: Mapping[str, Any]) -> str:
-    """Returns a phrase about ranked clips that are copies of training clips, or "" without any.
-
-    The phrase has the number of copies, an example, and the MAP of the other clips. `metrics` is
-    the content of `metrics.json`.
-    """
-    copies = metrics.get("copies")
-    if not copies:
-        return ""
+def _describe_copies(metrics: Mapping[str, Any]) -> str:
+    """Returns the number of ranked clips that are training clips, and the MAP of the others."""
+    copies = metrics["copies"]
     score = f"; MAP@100 without them {copies['map']:.4f}" if "map" in copies else ""
     return f"{copies['count']:,} clips are training clips: {copies['example']}{score}"
+
+
+def _describe_data(metrics: Mapping[str, Any]) -> str:
+    data = metrics["data"]
+    place = f" in {data['dir']}" if data.get("dir") else ""
+    return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
+
+
+def _describe_identities(metrics: Mapping[str, Any]) -> str:
+    known = metrics.get("num_map_identities")
+    mean = f"; MAP is the mean over the {known:,} that have clips" if known else ""
+    return f"{metrics['num_identities']:,}{mean}"
+
+
+def _describe_runs(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{run['name']} (weight {run.get('weight')})" for run in metrics["runs"])
+
+
+def _describe_versions(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+
+
+class Row(NamedTuple):
+    """A row of the tables that show the results of an evaluation."""
+
+    key: str  # of the entry of `metrics.json`
+    label: str
+    tables: str  # the names of the tables with this row, separated by a blank, see `list_rows`
+    digits: int = 0  # of a number, after the decimal point
+    # content of `metrics.json` -> text, or "" if there is nothing to say. It is called if there is
+    # such an entry. None: the entry itself is shown.
+    text: Callable[[Mapping[str, Any]], str] | None = None
+
+
+# All rows except those of the metrics in `CLIP_METRICS`, in their order.
+ROWS = (
+    Row("data", "data digest", "run", text=lambda metrics: metrics["data"].get("digest") or ""),
+    Row("train_splits", "trained on", "run"),  # of `config.json`
+    Row("runs", "joined runs", "run", text=_describe_runs),
+    Row("overrides", "scored with", "summary run", text=describe_overrides),
+    *(Row(fact.key, fact.label, "summary run", text=fact.text) for fact in facts.FACTS),
+    Row("copies", "copies", "summary run", text=_describe_copies),
+    Row("best_map", "best", "summary", text="{best_map:.4f} at step {best_step:,}".format_map),
+    Row("data", "data", "summary", text=_describe_data),
+    Row("num_clips", "clips", "summary", text="{num_clips:,}".format_map),
+    Row("num_identities", "identities", "summary", text=_describe_identities),
+    Row("date", "finished", "run"),
+    Row("eval_date", "evaluated", "run"),
+    Row("versions", "versions", "run", text=_describe_versions),
+    Row("seed", "seed", "run"),
+    Row("step", "steps", "run"),
+    Row("best_map", "best MAP@100 in training", "run", 4),
+    Row("num_members", "members", "run"),
+    Row("num_params", "parameters of a member", "run"),
+    Row("num_clips", "ranked clips", "results"),
+    Row("num_identities", "identities", "results"),
+    Row("num_map_identities", "identities with clips; MAP is their mean", "results"),
+    Row("num_distractors", "distractors", "results"),
+    Row("num_ties", "ties: ranked clips with the score of the clip before them", "results"),
+    Row("eval_clips_per_second", "clips per second of evaluation", "results"),
+    Row("eval_seconds", "seconds of the evaluation", "results", 1),
+    Row("train_clips_per_second", "clips per second of training steps (median)", "results"),
+    Row("train_seconds", "seconds of training steps, without compilation", "results", 1),
+    Row("seconds", "seconds in all: start, data, training, evaluations", "results", 1),
+)
+
+
+def list_rows(metrics: Mapping[str, Any], table: str) -> Iterator[tuple[Row, Any]]:
+    """Yields (row, value) for each row of a table. Rows without a value are left out.
+
+    `metrics` is the content of `metrics.json`. The tables are:
+
+    - `scores`: the metrics that every evaluation prints, except MAP. All values are numbers.
+    - `summary`: the other rows that a command prints. All values are texts.
+    - `run` and `results`: the tables "The run" and "Results" of the report.
+    """
+    by_log = sorted(CLIP_METRICS.items(), key=lambda item: not item[1].log)
+    scores = [Row(name, x.label, "scores", x.digits) for name, x in by_log if x.log]
+    results = [Row(name, f"{x.label}: {x.about}", "results", x.digits) for name, x in by_log]
+    for row in (*scores, *results, *ROWS):
+        value = metrics.get(row.key)
+        if table in row.tables.split() and (value or value == 0):
+            shown = row.text(metrics) if row.text else value
+            if shown != "":
+                yield row, shown
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
@@ -212,11 +275,21 @@ def save_analysis(
     files.write_bytes(path, content.getvalue())
 
 
-def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads an analysis from the .npz file that `save_analysis` wrote. Returns values and arrays.
+def load_analysis(path: str | Path) -> tuple[schemas.Analysis, Arrays]:
+    """Reads the analysis of an evaluation, which `save_analysis` wrote. Returns values and arrays.
 
-    Raises UserError if the file is damaged.
+    `path` is the folder of a run, or a file: `analysis.npz`, or `analysis_<split>.npz` for another
+    split than `eval.split` of the run. Raises UserError if the file is missing or damaged.
     """
+    path = files.local(path)
+    if path.is_dir():
+        path /= "analysis.npz"
+    if not files.exists(path):
+        split = path.stem.partition("analysis_")[2]
+        raise UserError(
+            f"'{path}' is missing\nto write it, run vidjax evaluate --workdir=FOLDER "
+            f"--config.eval.report=True{' --config.eval.split=' * bool(split)}{split}"
+        )
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:

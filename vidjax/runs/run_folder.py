@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from vidjax.core import metrics as metrics_lib
-from vidjax.runs import config as config_lib, config_io, facts, results, schemas
+from vidjax.runs import config as config_lib, config_io, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.results import ResultPaths
 from vidjax.utils import distributed, files, json_files, messages
@@ -121,7 +120,7 @@ class RunFolder:
         """Returns the results of an evaluation as rows of a table, label -> text.
 
         `config` is the configuration of the evaluation, and `metrics` is the content of
-        `metrics.json`. The text of a row is "" if there is nothing to say.
+        `metrics.json`.
         """
         split, rows = config.eval.split, dict[str, str]()
         if "map" in metrics:
@@ -131,18 +130,11 @@ class RunFolder:
                 rows[f"on {name}"] = _describe_scores(other, kind)
         else:
             rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
-            reason = results.explain_unmeasured(config.to_dict(), self.path)
-            rows["measured"] = reason and f"nothing: {reason}"
-        rows["scored with"] = results.describe_overrides(metrics)
-        rows |= facts.list_rows(metrics) | {"copies": results.describe_copies(metrics)}
-        if "best_map" in metrics and split == self._config.eval.split:
-            rows["best"] = f"{metrics['best_map']:.4f} at step {metrics['best_step']:,}"
-        rows["data"] = results.describe_data(metrics)
-        rows["clips"] = f"{metrics['num_clips']:,}"
-        rows["identities"] = f"{metrics['num_identities']:,}"
-        if known := metrics.get("num_map_identities"):
-            rows["identities"] += f"; MAP is the mean over the {known:,} that have clips"
-        return rows
+            if reason := results.explain_unmeasured(config.to_dict(), self.path):
+                rows["measured"] = f"nothing: {reason}"
+        if split != self._config.eval.split:  # "best" is about another split
+            metrics = {**metrics, "best_map": None}
+        return rows | {row.label: text for row, text in results.list_rows(metrics, "summary")}
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
         """Writes the results of an evaluation to `paths.metrics`, by default `metrics.json`."""
@@ -170,8 +162,9 @@ def _describe_kind(metrics: Mapping[str, Any], split: str) -> str:
 
 
 def _describe_scores(metrics: Mapping[str, Any], place: str) -> str:
-    score = [f"{metrics['map']:.4f}{place}"] if "map" in metrics else []
-    return "; ".join(score + metrics_lib.describe(metrics))
+    texts = [f"{metrics['map']:.4f}{place}"] if "map" in metrics else []
+    rows = results.list_rows(metrics, "scores")
+    return "; ".join(texts + [f"{row.label} {value:.{row.digits}f}" for row, value in rows])
 
 
 def name_systems(config: Config, *, final: bool) -> list[str]:

@@ -296,7 +296,8 @@ class TrainingRun:
     @property
     def state(self) -> train_step.TrainState:
         """The state of all members (nets of the ensemble), joined from groups of members."""
-        return train_step.merge_states(self._states)
+        parts = [state.replace(step=None) for state in self._states]
+        return ensemble.merge(parts).replace(step=self._states[0].step)
 
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for about a second, at most to step `stop`.

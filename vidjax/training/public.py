@@ -78,14 +78,16 @@ def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
     """Returns the configuration of a blend. A blend averages the scores of runs.
 
     `names` are the folders of the runs. `folder` is the folder of the blend. If all runs have the
-    same `eval.split`, the blend has the same split. Raises UserError if there is only one run, or
-    if the folder contains another run.
+    same `eval.split`, the blend has the same split. Raises UserError if there is only one run, if a
+    run is named twice, or if the folder contains another run.
     """
     runs = tuple(str(files.local(name).absolute()) for name in names)
     if len(runs) < 2:
         raise UserError(
             f"--runs={','.join(names)}: a blend needs at least two runs; name two runs, --runs=A,B"
         )
+    if len({Path(name).resolve() for name in runs}) < len(runs):
+        raise UserError(f"--runs={','.join(names)}: a run is named twice\nname each run once")
     if folder.has(CONFIG):
         earlier = folder.config
         if tuple(earlier.join.runs) != runs:

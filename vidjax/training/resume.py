@@ -107,7 +107,8 @@ def start(
     checkpoint.warn_of_lost(workdir, "best")
     report_changes(old, config, plan, manifest)
     checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
-    state = train_step.convert_from_items(items)
+    rest = items.pop("train")
+    state = train_step.TrainState(**items, **rest)
     return state, sets, manifest, continue_facts(manifest, config.num_epochs)
 
 

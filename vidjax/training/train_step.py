@@ -122,12 +122,6 @@ def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
     return tuple(part.replace(step=state.step + 0) for part in parts)
 
 
-def merge_states(states: Sequence[TrainState]) -> TrainState:
-    """Joins the states that `split_state` returned into one state."""
-    parts = [state.replace(step=None) for state in states]
-    return ensemble.merge(parts).replace(step=states[0].step)
-
-
 def convert_to_items(state: TrainState) -> dict[str, Any]:
     """Converts a state of training to trees of arrays for a checkpoint, name -> tree.
 
@@ -136,11 +130,6 @@ def convert_to_items(state: TrainState) -> dict[str, Any]:
     rest = dict(vars(state))
     params, model_state = rest.pop("params"), rest.pop("model_state")
     return {"params": params, "model_state": model_state, "train": rest}
-
-
-def convert_from_items(items: Mapping[str, Any]) -> TrainState:
-    """Converts the trees of arrays of a checkpoint to a state: reverses `convert_to_items`."""
-    return TrainState(params=items["params"], model_state=items["model_state"], **items["train"])
 
 
 # Resident clips and the clips of each step, [S, B]; or a streamed batch.
@@ -249,7 +238,10 @@ def _update_if_finite(
     metric -> number, is added to the sums of the state. If the loss or a gradient is not finite,
     only `bad_steps` and `sums["bad_steps"]` change.
     """
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
+    rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
+    # The barrier keeps two separate sums. A single sum of a matrix of 160 MB takes a CPU 1 second.
+    total = sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(total)
     old = learned.replace(model_state=dict(learned.model_state))
 
     def update() -> TrainState:
@@ -339,13 +331,6 @@ def average_over_examples(values: Array, exists: Array) -> Array:
     """
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
-
-
-def _sum_gradients(grads: Params) -> Array:
-    """Returns the sum [] of all derivatives, which is finite only if they all are finite."""
-    rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # The barrier keeps two separate sums. A single sum of a matrix of 160 MB takes a CPU 1 second.
-    return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 class LoopResult(NamedTuple):

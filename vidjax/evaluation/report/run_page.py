@@ -16,11 +16,10 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import NullFormatter
 
-from vidjax.core import metrics
 from vidjax.data import sources
 from vidjax.evaluation import comparison, significance
 from vidjax.evaluation.report import html
-from vidjax.runs import config as config_lib, facts, results as results_lib, schemas
+from vidjax.runs import config as config_lib, results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
@@ -160,65 +159,23 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 
 
 def result_rows(run: RunFiles) -> Rows:
-    """Returns the rows (label, value, interval) of the results in `metrics.json`.
-
-    The metrics that every evaluation prints come first.
-    """
-    labels = [
-        ("num_clips", "ranked clips", 0),
-        ("num_identities", "identities", 0),
-        ("num_map_identities", "identities with clips; MAP is their mean", 0),
-        ("num_distractors", "distractors", 0),
-        ("num_ties", "ties: ranked clips with the score of the clip before them", 0),
-        ("eval_clips_per_second", "clips per second of evaluation", 0),
-        ("eval_seconds", "seconds of the evaluation", 1),
-        ("train_clips_per_second", "clips per second of training steps (median)", 0),
-        ("train_seconds", "seconds of training steps, without compilation", 1),
-        ("seconds", "seconds in all: start, data, training, evaluations", 1),
-    ]
+    """Returns the rows (label, value, interval) of the results in `metrics.json`."""
     rows: Rows = []
-    for name, metric in sorted(metrics.CLIP_METRICS.items(), key=lambda item: not item[1].log):
-        label, interval = f"{metric.label}: {metric.about}", run.analysis.intervals.get(name)
-        between = html.between(*interval, metric.digits) if interval else html.Number()
-        rows += [(*row, between) for row in _labelled(run.values, [(name, label, metric.digits)])]
-    return rows + [(*row, html.Number()) for row in _labelled(run.values, labels)]
-
-
-def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number as HTML) for each item of `labels` that has a value.
-
-    An item is (key of the value in `values`, label, number of digits after the point).
-    """
-    return [
-        (label, html.number(values[key], digits))
-        for key, label, digits in labels
-        if values.get(key) is not None
-    ]
+    for row, value in results_lib.list_rows(run.values, "results"):
+        interval = run.analysis.intervals.get(row.key)
+        between = html.between(*interval, row.digits) if interval else html.Number()
+        rows.append((row.label, html.number(value, row.digits), between))
+    return rows
 
 
 def run_rows(run: RunFiles) -> Rows:
     """Returns the rows (name, value as HTML) of the table of the settings of a run."""
-    own = run.metrics
-    settings = {
-        "data digest": (own.data and own.data.digest) or "",
-        "trained on": "" if own.runs else _join(run.config["data"]["train_splits"]),
-        "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
-        "scored with": results_lib.describe_overrides(run.values),
-        **facts.list_rows(run.values),
-        "copies": results_lib.describe_copies(run.values),
-        "finished": own.date or "",
-        "evaluated": own.eval_date or "",
-        "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
-    }
-    labels = [
-        ("seed", "seed", 0),
-        ("step", "steps", 0),
-        ("best_map", "best MAP@100 in training", 4),
-        ("num_members", "members", 0),
-        ("num_params", "parameters of a member", 0),
+    splits = () if run.metrics.runs else run.config["data"]["train_splits"]
+    values = {**run.values, "train_splits": _join(splits)}
+    return [
+        (row.label, html.name(x) if isinstance(x, str) else html.number(x, row.digits))
+        for row, x in results_lib.list_rows(values, "run")
     ]
-    rows: Rows = [(name, html.name(value)) for name, value in settings.items() if value]
-    return rows + _labelled(run.values, labels)
 
 
 def _join(values: Iterable[object] | None) -> str:
@@ -293,11 +250,6 @@ def identities(run: RunFiles) -> Markup | None:
         html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
-    figures = html.beside("figures", [_draw_averages(values)])
-    return words + figures + _worst_identities(run)
-
-
-def _draw_averages(values: np.ndarray) -> Markup:
     counts, edges = np.histogram(values, NUM_BARS, (0, 1))
     plot = html.Plot(2.0, x="average precision", y="identities")
     plot.axes.stairs(counts, edges, color=html.FIRST, fill=True)
@@ -306,7 +258,8 @@ def _draw_averages(values: np.ndarray) -> Markup:
         f"{counts[-1]:,} of {len(values):,} identities have an average precision of "
         f"{edges[-2]:.2f} or more, and {counts[0]:,} of less than {edges[1]:.2f}."
     )
-    return plot.html("averages", "Identities by average precision", description)
+    figure = plot.html("averages", "Identities by average precision", description)
+    return words + html.beside("figures", [figure]) + _worst_identities(run)
 
 
 def _worst_identities(run: RunFiles) -> Markup:
