@@ -173,6 +173,18 @@ def test_one_command_measures_out_of_fold_and_writes_a_deleted_report_again(copi
     refused(lambda: public.train_run(config, RunFolder(moved), data), "--workdir")
 
 
+def test_evaluation_refuses_fields_that_the_join_does_not_read():
+    def evaluate(*words):
+        config = config_lib.default()
+        config.join.runs, config.join.learned = ("a", "b"), True
+        return public.configure_evaluation(config, [f"--config.join.{word}" for word in words])
+
+    remedy = "has no effect with config.join.learned=True", "--config.join.learned=False"
+    refused(lambda: evaluate("weights=2,1"), "config.join.weights", *remedy)
+    assert evaluate("weights=2,1", "learned=false").join.weights == (2, 1)
+    refused(lambda: evaluate("diffusion=true", "learned=false"), "--config.join.learned=True")
+
+
 def test_runs_with_other_folds_or_without_a_common_clip_are_refused():
     uses = [np.array(use, bool) for use in ([[1, 1, 0], [0, 0, 1]], [[1, 0, 0]], [[0, 0, 1]])]
     runs: list[Any] = [SimpleNamespace(use=use, pool=use.any(axis=0)) for use in uses]

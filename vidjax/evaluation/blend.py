@@ -265,9 +265,13 @@ def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
 
 
 def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:
-    """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1."""
+    """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1.
+
+    All weights are 1, too, if learned parameters join the scores. Raises UserError if the number of
+    weights is not the number of runs, or a weight is not usable.
+    """
     count, weights = len(folder.list_runs(config)), config.join.weights
-    if not weights:
+    if not weights or config.join.learned:
         return (1.0,) * count
     is_usable = all(isinstance(x, int | float) and 0 <= x <= MAX_WEIGHT for x in weights)
     if len(weights) != count or not is_usable or max(weights) < MIN_WEIGHT:

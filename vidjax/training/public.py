@@ -114,10 +114,9 @@ def configure_evaluation(config: Config, overrides: Sequence[str]) -> Config:
     config = config_io.override(config, overrides)
     if config_lib.is_blend(config):
         config_io.check_overridden(overrides, JOINED_FIELDS, "evaluate")
-    else:
-        values = dict(config_lib.fields(config))
-        for problem in filter(None, (config_lib.explain_unread(name, values) for name in names)):
-            raise UserError(problem)
+    values = dict(config_lib.fields(config))
+    for problem in filter(None, (config_lib.explain_unread(name, values) for name in names)):
+        raise UserError(problem)
     config_lib.check_ranges(config)
     return config
 
