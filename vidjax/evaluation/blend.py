@@ -201,7 +201,8 @@ def open_blend(
 ) -> Blend:
     """Restores the runs of a blend, and scores the split `config.eval.split` with each run.
 
-    `load` loads the dataset of a run, given its configuration. For `num_drawn`, see `Blend`.
+    `load` loads the dataset of a run, given its configuration. For `num_drawn`, see `Blend`. Raises
+    UserError if a dataset lacks the labels of a split in `eval.splits`.
     """
     name = config.eval.split
     paths = folder.list_runs(config, final=name not in config.data.train_splits)
@@ -286,7 +287,8 @@ def run_config(config: Config, path: Path) -> Config:
     """Returns the configuration with which a blend scores the run in the folder `path`.
 
     The configuration of the run is changed in three ways:
-    - `eval.split` and `eval.block_size` come from `config`, the configuration of the blend.
+    - `eval.split`, `eval.splits` and `eval.block_size` come from `config`, the configuration of the
+      blend.
     - `data.dir` and `data.cache_dir` come from `config` if they are not None there.
     - If `eval.scores` is `logits`, it becomes `log_softmax`.
     """
@@ -296,9 +298,7 @@ def run_config(config: Config, path: Path) -> Config:
         raise run.make_blend_error()
     if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"
-    for field in ("split", "block_size"):
-        own.eval[field] = config.eval[field]
-    for field in ("dir", "cache_dir"):
-        if config.data[field] is not None:
-            own.data[field] = config.data[field]
+    own.eval.update({name: config.eval[name] for name in ("split", "splits", "block_size")})
+    folders = {name: config.data[name] for name in ("dir", "cache_dir")}
+    own.data.update({name: folder for name, folder in folders.items() if folder is not None})
     return own

@@ -425,8 +425,11 @@ UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODE
 MAY_CHANGE = (*UNNAMED, *PATHS)  # when a run resumes, because the results stay the same
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
-# The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
-BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
+# The fields that the evaluation of a blend reads. For all other fields, each run keeps its values.
+BLEND_FIELDS = (
+    "eval.split", "eval.splits", "eval.block_size", "eval.report", "eval.keep_scores",
+    "data.dir", "data.cache_dir", "join.weights", "join.learned", "join.diffusion",
+)  # fmt: skip
 # Names that Lightning, the Trainer of Hugging Face and scikit-learn have for a field.
 OTHER_NAMES = {
     "dtype": "precision bf16",
