@@ -118,8 +118,8 @@ UNREAD = {
     "early_stop.patience=2": {"early_stop.metric": "top1"},
     "after_fusion=examples": {"eval.reduce": "max"},
     "data.name=arrays": {"data.dir": "folder", "data.quality": "norm"},
-    "join.learned=true": {"join.diffusion": "true"},
-    "": {"join.weights": "1,2", "join.runs": "a,b"},
+    "join.learned=true join.systems=a,b": {"join.diffusion": "true"},
+    "": {"join.weights": "1,2", "join.learned": "true", "join.runs": "a,b"},
 }  # fmt: skip
 # A field that is read by default -> (value, a word with which the field is not read).
 READ = {
@@ -148,7 +148,7 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
             assert problem.startswith(f"config.{name}=") and 1 <= len(problem.splitlines()) <= 3
             assert remedy in problem
             if needed_word:
-                assert problems(f"{name}={value}", needed_word) == []
+                assert problems(f"{name}={value}", *needed_word.split()) == []
     for name, (value, excluding_word) in READ.items():
         assert problems(f"{name}={value}") == []
         assert len(problems(f"{name}={value}", excluding_word)) == 1

@@ -134,6 +134,7 @@ def joint(no_figures, official_dir, official_data, tmp_path_factory):
     config.eval.update(block_size=32)
     config.join.systems = ("plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,head")
     config.join.learned = config.join.diffusion = True
+    config.eval.splits = ("train",)
     folder = tmp_path_factory.mktemp("runs") / "joint"
     folder.mkdir()
     lines, train = [], public.train_run
@@ -156,11 +157,14 @@ def test_one_command_measures_out_of_fold_and_writes_a_deleted_report_again(copi
     assert [row["map"] is not None for row in metrics["runs"]] == [True, True]
     assert metrics["finished"] and metrics["trained_on"]
     names = ("metrics.json", "ranking.txt", "config.json", "join.json", "ranking_test.txt")
+    of_train = RunFolder(folder).other_metrics()["train"]
+    assert of_train["map_kind"] == "out_of_fold" and of_train["map"] > 0.5
     before = {name: (folder / name).read_bytes() for name in names}
     moved = folder.rename(folder.with_name("moved"))
     again = public.evaluate_run(RunFolder(moved).config, RunFolder(moved), data)
     assert again["val"]["map"] == metrics["map"]
     assert [x for x in names if (moved / x).read_bytes() != before[x]] == ["metrics.json"]
+    assert again["train"]["map"] == of_train["map"]
     # A deleted report is written again, also if the process died before `finished` was written.
     for finished in (True, False):
         RunFolder(moved).write_metrics({**RunFolder(moved).metrics(), "finished": finished})
@@ -171,6 +175,18 @@ def test_one_command_measures_out_of_fold_and_writes_a_deleted_report_again(copi
     config = copy.deepcopy(config)
     config.ensemble.folds = 3
     refused(lambda: public.train_run(config, RunFolder(moved), data), "--workdir")
+
+
+def test_evaluation_refuses_fields_that_the_join_does_not_read():
+    def evaluate(*words):
+        config = config_lib.default()
+        config.join.runs, config.join.learned = ("a", "b"), True
+        return public.configure_evaluation(config, [f"--config.join.{word}" for word in words])
+
+    remedy = "has no effect with config.join.learned=True", "--config.join.learned=False"
+    refused(lambda: evaluate("weights=2,1"), "config.join.weights", *remedy)
+    assert evaluate("weights=2,1", "learned=false").join.weights == (2, 1)
+    refused(lambda: evaluate("diffusion=true", "learned=false"), "--config.join.learned=True")
 
 
 def test_runs_with_other_folds_or_without_a_common_clip_are_refused():
@@ -254,6 +270,9 @@ def test_all_runs_of_a_blend_are_checked_and_faults_are_refused(copied, cache_di
     config = copy.deepcopy(config)
     config.data.train_splits = ("train", "test")
     refused(lambda: public.train_run(config, RunFolder(folder / "x"), data), "train_splits=train")
+    config.data.train_splits, config.eval.splits = ("train", "val"), ("test",)
+    refused(lambda: public.train_run(config, RunFolder(folder / "x"), data), "eval.splits: test")
+    refused(lambda: public.evaluate_run(config, RunFolder(folder), data), "eval.splits: test")
     config.num_epochs = 5.0
     refused(lambda: config_lib.check(config), "config.num_epochs=5.0")
     config.num_epochs, config.modalities = 1.0, ("face",)
@@ -261,16 +280,19 @@ def test_all_runs_of_a_blend_are_checked_and_faults_are_refused(copied, cache_di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trained", "asked", "wanted", "of_all"), [
-    (("train", "val"), "val", ("val", "test"), "test"),
-    (("train",), "val", ("train", "val", "test"), "test"),
-    (("train", "val", "test"), "val", ("val",), None),
+@pytest.mark.parametrize(("trained", "asked", "further", "wanted", "of_all"), [
+    (("train", "val"), "val", (), ("val", "test"), "test"),
+    (("train",), "val", (), ("train", "val", "test"), "test"),
+    (("train", "val", "test"), "val", (), ("val",), None),
+    (("train", "val", "test"), "val", ("val", "train"), ("val", "train"), None),
+    (("val", "test"), "val", ("train",), ("val", "train"), "train"),
 ])  # fmt: skip
 def test_folds_measure_a_training_split_and_runs_on_all_clips_rank_the_others(
-    joint, tmp_path, monkeypatch, trained, asked, wanted, of_all
+    joint, tmp_path, monkeypatch, trained, asked, further, wanted, of_all
 ):
     config, data, runs = copy.deepcopy(joint[0]), joint[2], []
     config.data.train_splits, config.eval.split, config.join.learned = trained, asked, False
+    config.eval.splits = further
     monkeypatch.setattr(joint_lib.analysis, "score_splits", lambda *words: words[-len(wanted) :])
     monkeypatch.setattr(joint_lib.analysis, "write_results", lambda *words: {asked: words[2]})
     found = joint_lib.train_systems(

@@ -201,7 +201,8 @@ def open_blend(
 ) -> Blend:
     """Restores the runs of a blend, and scores the split `config.eval.split` with each run.
 
-    `load` loads the dataset of a run, given its configuration. For `num_drawn`, see `Blend`.
+    `load` loads the dataset of a run, given its configuration. For `num_drawn`, see `Blend`. Raises
+    UserError if a dataset lacks the labels of a split in `eval.splits`.
     """
     name = config.eval.split
     paths = folder.list_runs(config, final=name not in config.data.train_splits)
@@ -265,9 +266,13 @@ def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
 
 
 def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:
-    """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1."""
+    """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1.
+
+    All weights are 1, too, if learned parameters join the scores. Raises UserError if the number of
+    weights is not the number of runs, or a weight is not usable.
+    """
     count, weights = len(folder.list_runs(config)), config.join.weights
-    if not weights:
+    if not weights or config.join.learned:
         return (1.0,) * count
     is_usable = all(isinstance(x, int | float) and 0 <= x <= MAX_WEIGHT for x in weights)
     if len(weights) != count or not is_usable or max(weights) < MIN_WEIGHT:
@@ -282,7 +287,8 @@ def run_config(config: Config, path: Path) -> Config:
     """Returns the configuration with which a blend scores the run in the folder `path`.
 
     The configuration of the run is changed in three ways:
-    - `eval.split` and `eval.block_size` come from `config`, the configuration of the blend.
+    - `eval.split`, `eval.splits` and `eval.block_size` come from `config`, the configuration of the
+      blend.
     - `data.dir` and `data.cache_dir` come from `config` if they are not None there.
     - If `eval.scores` is `logits`, it becomes `log_softmax`.
     """
@@ -292,9 +298,7 @@ def run_config(config: Config, path: Path) -> Config:
         raise run.make_blend_error()
     if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"
-    for field in ("split", "block_size"):
-        own.eval[field] = config.eval[field]
-    for field in ("dir", "cache_dir"):
-        if config.data[field] is not None:
-            own.data[field] = config.data[field]
+    own.eval.update({name: config.eval[name] for name in ("split", "splits", "block_size")})
+    folders = {name: config.data[name] for name in ("dir", "cache_dir")}
+    own.data.update({name: folder for name, folder in folders.items() if folder is not None})
     return own

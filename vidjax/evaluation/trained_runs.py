@@ -134,9 +134,11 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
     """Returns `data` with new labels: 1..C for the C identities of the run, 0 for other clips.
 
-    Raises UserError if the data are not the data of the run, or have no identity of the run.
+    Raises UserError if the data are not the data of the run, have no identity of the run, or lack
+    the labels of a split in `eval.splits`.
     """
     split = config.eval.split
+    check_labelled(config, data)
     check_widths(data, run.task.modalities)
     own = run.manifest
     named = not config.data.dir or config.data.dir != own["config"]["data"].get("dir")

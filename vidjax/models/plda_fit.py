@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from vidjax.core import ensemble, fusion
 from vidjax.core.batch import Array, Frames
-from vidjax.core.losses import log_softmax
+from vidjax.core.losses import log_softmax, softmax_cross_entropy
 from vidjax.models import two_covariance
 from vidjax.models.base import TrainingClips
 from vidjax.models.layers import unit_vectors
@@ -486,7 +486,6 @@ def _loss(point: Array, part: _Ratios) -> Array:
     `point` is [3]: log(scale), `unenrolled` and `stranger`, see `Settings`.
     """
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
-    logs = jax.nn.log_softmax(combine_modalities(part.ratios, part.known, part.present, settings))
-    right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]
-    known = part.labels > 0
-    return -(jnp.mean(right, where=known) + jnp.mean(right, where=~known)) / 2
+    logits = combine_modalities(part.ratios, part.known, part.present, settings)
+    loss, known = softmax_cross_entropy(logits, part.labels), part.labels > 0
+    return (jnp.mean(loss, where=known) + jnp.mean(loss, where=~known)) / 2

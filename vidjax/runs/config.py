@@ -116,7 +116,7 @@ def _logit_losses(values: Values) -> set[str]:
 
 # The conditions of `Field.read_when`: another field has, or does not have, a value. `example` is a
 # value of the other field for the remedy.
-def _read_if(field: str, value: str) -> ReadWhen:
+def _read_if(field: str, value: Any) -> ReadWhen:
     return ReadWhen(field, lambda values: values[field] == value, f"--config.{field}={value}")
 
 
@@ -404,13 +404,14 @@ TABLE: tuple[Field | Group, ...] = (
 
     Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`", affects=SCORES),
-    Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
-          read_when=JOINED, affects=SCORES),
+    Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights. "
+          "Without `join.learned`", read_when=_read_if("join.learned", False), affects=SCORES),
     Field("join.systems", (), "configurations, `FILE:ARGS`, that `vidjax train` trains and joins. "
           "Each is trained in folds of `data.train_splits`, to measure and learn the blend, and on "
           "all of these clips, to rank test"),
     Field("join.learned", False, "`True`: the scores of the runs are joined with numbers that are "
-          "learned on clips that no run was trained on, not by `join.weights`", affects=SCORES),
+          "learned on clips that no run was trained on, not by `join.weights`",
+          read_when=JOINED, affects=SCORES),
     Field("join.diffusion", False, "`True`: the order of a ranking also depends on similar clips "
           "of the split. With `join.learned`",
           read_when=_read_unless("join.learned", False, True), affects=SCORES),
@@ -424,8 +425,11 @@ UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODE
 MAY_CHANGE = (*UNNAMED, *PATHS)  # when a run resumes, because the results stay the same
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
-# The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
-BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
+# The fields that the evaluation of a blend reads. For all other fields, each run keeps its values.
+BLEND_FIELDS = (
+    "eval.split", "eval.splits", "eval.block_size", "eval.report", "eval.keep_scores",
+    "data.dir", "data.cache_dir", "join.weights", "join.learned", "join.diffusion",
+)  # fmt: skip
 # Names that Lightning, the Trainer of Hugging Face and scikit-learn have for a field.
 OTHER_NAMES = {
     "dtype": "precision bf16",

@@ -6,7 +6,7 @@ from typing import Any
 
 from vidjax.core import devices
 from vidjax.data.dataset import Dataset
-from vidjax.evaluation import analysis
+from vidjax.evaluation import analysis, trained_runs
 from vidjax.runs import config_io, digests, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import JOIN, RunFolder, make_and_lock, name_systems
@@ -29,26 +29,30 @@ def train_systems(
     """Trains the systems `config.join.systems` in a folder, and joins their scores (a blend).
 
     `train` (`public.train_run`) trains each system in folds, and each net scores only clips that it
-    was not trained on. If the split `config.eval.split` or the split `test` has no training clips,
-    `train` also trains each system on all clips, for the scores of this split.
+    was not trained on. If `config.eval.split`, the split `test` or a split in `config.eval.splits`
+    has no training clips, `train` also trains each system on all clips, for the scores of these
+    splits. All these splits are ranked.
 
     For `command` and `began`, see `public.train_run`. Returns the metrics on `config.eval.split`,
-    name -> value.
+    name -> value. Raises UserError if a split lacks labels that training or `eval.splits` needs.
     """
     began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
     _check_labels(config, data)
+    trained_runs.check_labelled(config, data)
     measured = asked if asked in trained else trained[-1]
-    splits = [*dict.fromkeys((measured, asked, *({"test"} & {*known} - {*trained})))]
+    found = {"test"} & {*known} - {*trained}
+    splits = [*dict.fromkeys((measured, asked, *found, *config.eval.splits))]
+    others = [*found, *(split for split in splits if split not in trained)]
     distributed.barrier()  # waits until all processes have read the old files
     if distributed.is_first():
         folder.write_config(config)
         (folder.path / JOIN).unlink(missing_ok=True)  # the numbers are learned again
-    for final in (False, True)[: len(splits)]:
+    for final in (False, True)[: 1 + bool(others)]:
         names = name_systems(config, final=final)
         for spec, path in zip(config.join.systems, map(folder.path.joinpath, names), strict=True):
             own = config_io.load_system(config, spec, final=final)
-            own.eval.split = splits[-1 if final else 0]
+            own.eval.split = others[0] if final else measured
             say(f"{path.name}: trains {spec} on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
                 train(own, RunFolder(path), data)

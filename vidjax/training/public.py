@@ -29,12 +29,6 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.evaluation.predict import JointPredictor, Predictor
     from vidjax.runs.results import LogFunction, Results
 
-# Fields that a blend of runs reads. For all other fields, each run keeps its values.
-JOINED_FIELDS = (
-    *config_lib.BLEND_FIELDS, "data.dir", "data.cache_dir",
-    "join.weights", "join.learned", "join.diffusion",
-)  # fmt: skip
-
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
     """Loads the configuration of a system.
@@ -115,11 +109,10 @@ def configure_evaluation(config: Config, overrides: Sequence[str]) -> Config:
         config.eval.splits = ()
     config = config_io.override(config, overrides)
     if config_lib.is_blend(config):
-        config_io.check_overridden(overrides, JOINED_FIELDS, "evaluate")
-    else:
-        values = dict(config_lib.fields(config))
-        for problem in filter(None, (config_lib.explain_unread(name, values) for name in names)):
-            raise UserError(problem)
+        config_io.check_overridden(overrides, config_lib.BLEND_FIELDS, "evaluate")
+    values = dict(config_lib.fields(config))
+    for problem in filter(None, (config_lib.explain_unread(name, values) for name in names)):
+        raise UserError(problem)
     config_lib.check_ranges(config)
     return config
 
@@ -399,13 +392,12 @@ def evaluate_run(
     `config` describes are loaded. `command` is the command line of the user, which is stored in the
     metrics of a new blend.
     """
-    from vidjax.evaluation import analysis, trained_runs
+    from vidjax.evaluation import analysis
 
     @functools.cache
     def read_data() -> "Dataset":
         loaded = load_data(config) if data is None else data
         _check_same(config, loaded)
-        trained_runs.check_labelled(config, loaded)
         return loaded
 
     set_up_devices(config)
