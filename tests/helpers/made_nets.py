@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers.embeddings import DLIB_CARD
+
 SIDE, WIDTH = 8, 5  # the side of the embedder's crops, and the width of its vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
@@ -129,7 +131,7 @@ def write_dlib(folder):
 
     The net multiplies the mean colour of a crop by random weights. Returns the path of the card.
     """
-    card = json.loads(Path(__file__).with_name("dlib_face.json").read_text())
+    card: dict[str, Any] = DLIB_CARD
     weights = np.random.default_rng(0).normal(size=(3, card["width"])).astype(np.float32)
     name, image = card["input"]["name"], ["B", 3, *card["input"]["size"]]
     nodes = [

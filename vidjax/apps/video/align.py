@@ -115,7 +115,7 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
             continue
         corners = np.array([[0, 0], [0, size], [size, 0], [size, size]])
         factor = int(1.0 / scale) if scale * MOST_SHRINK < 1.0 else 1
-        part, shift = _cut_region(rgb, _unmap(matrix, corners), factor)
+        part, shift = _cut_region(rgb, unmap(matrix, corners), factor)
         if part.size:
             inverse = np.linalg.inv(matrix[:, :2]) / factor
             # The part gets a black border, and Pillow counts from the corner of the first pixel.
@@ -130,22 +130,22 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 def cut_face(
     rgb: np.ndarray, points: np.ndarray, template: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a face out of a picture, so that it can be aligned later.
+    """Cuts the surroundings of a face out of a picture, so that the face can be aligned later.
 
-    `points` [5, 2] are the points of the face. `template` and `size` are of the crops that may be
-    cut out later, see `warp_faces`. Returns the part of the picture, shrunk if the face is much
-    larger than in these crops, and the points [5, 2] in this part.
+    `points` [5, 2] are the points of the face in the picture. `template` and `size` belong to the
+    later crop, see `fit_similarity` and `warp_faces`. Returns the part of the picture, and the
+    points [5, 2] in this part. If the face is much larger than in the crop, the part is shrunk.
     """
     (matrix,) = fit_similarity(points[None], template)
     corners = size / 2 + FACE_REACH * size * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])
     scale = max(np.sqrt(np.linalg.det(matrix[:, :2])), 1e-3)
     factor = math.ceil(1 / (FACE_DETAIL * scale))
-    part, shift = _cut_region(rgb, _unmap(matrix, corners), factor)
+    part, shift = _cut_region(rgb, unmap(matrix, corners), factor)
     return part.copy(), points / factor + shift
 
 
-def _unmap(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Returns the places in the picture, [P, 2], of `points` [P, 2] of a crop."""
+def unmap(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Maps `points` [P, 2] of a crop to the picture, with the `matrix` [2, 3] of the crop."""
     return (points - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
 
 

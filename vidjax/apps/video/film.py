@@ -34,7 +34,7 @@ from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
-MOST_KEPT, SPAN_SECONDS = 96, 0.2  # see `BestPictures`
+MOST_KEPT, SPAN_SECONDS = 96, 0.2  # pictures of a track, and their distance, see `BestPictures`
 LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
@@ -127,9 +127,9 @@ class BestPictures:
 
 
 def choose_best(pictures: Sequence[Sighting], count: int) -> list[Sighting]:
-    """Divides pictures into `count` equal parts of the time; returns the best one of each part.
+    """Divides pictures, in order of time, into `count` parts; returns the best one of each part.
 
-    If there are at most `count` pictures, returns all. `pictures` are in order of time.
+    The parts have equal numbers of pictures. If there are at most `count` pictures, returns all.
     """
     parts = np.array_split(np.arange(len(pictures)), min(count, len(pictures)))
     return [max(pictures[index] for index in part) for part in parts]

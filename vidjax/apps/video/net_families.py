@@ -247,8 +247,7 @@ def _describe(
     known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
     back_end = form.get("back_end", {}) | known.get("back_end", {})
-    change = "one file with one output [N, D]" if width else "plain weights, images of any size"
-    change = "none" if converted == content else change
+    change = "none" if converted == content else "other weights, operators, sides or outputs"
     return {
         "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
         "norm_is_quality": False, "width": width,

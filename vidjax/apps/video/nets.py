@@ -212,10 +212,9 @@ class Detector(Net):
         matrices = align.fit_similarity(points[None], upright)
         found = self.search(align.warp_faces(face, matrices, UPRIGHT_SIDE)[0]).points
         gaps = np.abs(found - upright).mean((1, 2))
-        if gaps.min(initial=EYE_DISTANCE / 2) == EYE_DISTANCE / 2:
+        if not len(gaps) or gaps.min() > EYE_DISTANCE / 2:  # another face
             return points
-        (matrix,) = matrices
-        new = (found[gaps.argmin()] - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
+        new = align.unmap(matrices[0], found[gaps.argmin()])
         (turned,) = align.fit_similarity(new[None], upright)
         return (points + new) / 2 if abs(turned[1, 0]) < MOST_TURN * turned[0, 0] else new
 
