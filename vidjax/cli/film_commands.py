@@ -330,7 +330,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
         texts[card.role] = f"{path}, from {origin}"
         texts[f"licence of {card.file}"] = (
             f"code {card.licence.code}; weights {card.licence.weights}; "
-            f"trained on {card.licence.training_data}"
+            f"training data: {card.licence.training_data}"
         )
     facts = {"card": str(written[0]), "cards": [str(path) for path in written]}
     return measured._replace(facts={**measured.facts, **facts}, texts={**texts, **measured.texts})
